@@ -1,0 +1,228 @@
+"""Load a data set whole, as uint8 tensors on the device: training then needs no loader process."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+FOLDERS = {
+    "cifar10": ("cifar-10-batches-py",),
+    "imagenette": ("imagenette2-160", "imagenette2-320", "imagenette2", "imagenette-128"),
+}
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """images (N, H, W, 3) uint8 and labels (N,) int64 on one device; N is at least 1."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        count, pixels = len(self.labels), self.images.shape[1:3]
+        types = self.images.dtype, self.labels.dtype
+        if self.images.shape != (count, *pixels, 3) or not count or types != (torch.uint8, torch.int64):
+            found = (
+                f"images {tuple(self.images.shape)} and labels {tuple(self.labels.shape)} of types {types}"
+            )
+            raise ValueError(f"{found}; give (N, H, W, 3) torch.uint8 and (N,) torch.int64, N at least 1")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+    @property
+    def image_size(self) -> int:
+        return self.train.images.shape[1]
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; ValueError if it is absent."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present = ["cpu", *(f"cuda:{i}" for i in range(count))]
+    wanted = {"auto": present[min(count, 1)], "cuda": "cuda:0"}.get(str(name), str(name))
+    if wanted not in present:
+        here = f'"auto" or what torch {torch.__version__} finds here ({", ".join(present)})'
+        raise ValueError(f"device={str(name)!r} is absent; use {here}, or install a CUDA build of torch")
+    return torch.device(wanted)
+
+
+def load(
+    name: str | Path,
+    *,
+    root: str | Path = "data",
+    size: int | None = None,
+    device: str | torch.device = "cpu",
+    download: bool = False,
+) -> ImageData:
+    """Load "digits", "cifar10" or "imagenette", or the folder of images at the path `name`.
+
+    A folder holds train/ and val/ (or test/), each with a folder for each class; or the class folders alone,
+    of which a fixed, stratified fifth becomes the test split. `size` is the side in pixels (32 for digits and
+    cifar10, else 128): photographs are cropped to their centre. cifar10 and imagenette lie in `root`, where
+    `download` puts them if absent. Raises FileNotFoundError for absent data, ValueError for damaged or too few
+    images or an absent device, OSError for a failed download.
+
+    >>> load("digits", size=16).train.images.shape
+    torch.Size([1438, 16, 16, 3])
+    """
+    target, root = resolve_device(device), Path(root).expanduser().absolute()
+    if size is not None and size < 1:
+        raise ValueError(f"size={size} must be at least 1 pixel, or None for the data set's own")
+    if download and available(root).get(str(name), True) is not True:
+        _download(str(name), root)
+    if name == "digits":
+        train, test, classes = _digits(size or 32)
+    elif name == "cifar10":
+        train, test, classes = _cifar10(root, size or 32)
+    else:
+        folder = _find("imagenette", root) if name == "imagenette" else Path(name).expanduser()
+        train, test, classes = _folder(folder, size or 128)
+    train, test = (Split(s.images.to(target), s.labels.to(target)) for s in (train, test))
+    return ImageData(Path(name).name, train, test, classes)
+
+
+def available(root: str | Path = "data") -> dict[str, bool | str]:
+    """For each named data set, True if `load` finds it under `root`, else what is wrong."""
+    found: dict[str, bool | str] = {"digits": True}
+    for name in FOLDERS:
+        try:
+            found[name] = _find(name, Path(root).expanduser().absolute()).is_dir()
+        except (OSError, ValueError) as error:
+            found[name] = str(error)
+    return found
+
+
+def _find(name: str, root: Path) -> Path:
+    """The folder of "cifar10", the md5 of each of its files checked, or of "imagenette"."""
+    from torchvision.datasets import CIFAR10  # here, because its import takes seconds
+
+    folder = next((root / f for f in FOLDERS[name] if (root / f).is_dir()), root / FOLDERS[name][0])
+    md5 = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
+    contents = ["train", "val"] if name == "imagenette" else [*md5]
+    if missing := [file for file in contents if not (folder / file).exists()]:
+        raise FileNotFoundError(
+            f"no {name} in the folder {str(root)!r}, which should hold {' or '.join(FOLDERS[name])} with "
+            f"{', '.join(contents)} (missing: {', '.join(missing)}). Three ways out: download it with "
+            f'load("{name}", download=True) or `python -m sppkit data {name} --download`; give the folder '
+            'that holds it as root=...; or use "digits", which needs no files'
+        )
+    for path in (folder / file for file in contents if name == "cifar10"):
+        data = path.read_bytes()
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5[path.name]:
+            found = f"{str(path)!r} is damaged: its {len(data)} bytes do not have the md5 {md5[path.name]}"
+            raise ValueError(f'{found}; call load("cifar10", download=True) or copy the file again')
+    return folder
+
+
+def _download(name: str, root: Path) -> None:
+    from torchvision import datasets
+
+    try:
+        if name == "cifar10":
+            datasets.CIFAR10(root, download=True)
+        else:
+            datasets.Imagenette(root, "train", "160px", download=True)
+    except Exception as error:  # torchvision lets through what the network, the archive and the disk raise
+        ways = 'check the network and that the folder can be written to, give another as root=..., or use "digits"'
+        raise OSError(f"cannot download {name} into the folder {str(root)!r} ({error}): {ways}") from error
+
+
+def _digits(size: int) -> tuple[Split, Split, tuple[str, ...]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    gray = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)  # (1797, 8, 8)
+    images = _resize(gray[..., None].expand(-1, -1, -1, 3), size)  # (1797, size, size, 3)
+    return _split(images, torch.from_numpy(digits.target), tuple("0123456789"))
+
+
+def _cifar10(root: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
+    from torchvision.datasets import CIFAR10
+
+    _find("cifar10", root)  # before torchvision unpickles a file
+    sets = CIFAR10(root, train=True), CIFAR10(root, train=False)
+    train, test = (Split(_resize(torch.from_numpy(s.data), size), torch.tensor(s.targets)) for s in sets)
+    return train, test, tuple(sets[0].classes)
+
+
+def _folder(folder: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
+    if not (folder / "train").is_dir():
+        return _split(*_read(folder, size, least=2))
+    held_out = folder / ("val" if (folder / "val").is_dir() else "test")
+    *train, classes = _read(folder / "train", size)
+    *test, test_classes = _read(held_out, size)
+    if odd := sorted({*classes} ^ {*test_classes}):
+        raise ValueError(f"{str(folder)!r}: the classes of train/ and {held_out.name}/ differ: {odd}")
+    return Split(*train), Split(*test), classes
+
+
+def _read(folder: Path, size: int, *, least: int = 1) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """images (N, size, size, 3), labels (N,) and class names; every class must have `least` images."""
+    if not folder.is_dir():
+        ways = "a folder of images holds train/ and val/ (or test/), or class folders; or"
+        named = 'name "digits", "cifar10" or "imagenette"'
+        raise FileNotFoundError(f"there is no folder {str(folder.absolute())!r}; {ways} {named}")
+    classes = sorted(path.name for path in folder.glob("[!.]*/"))
+    members = [[p for p in (folder / c).rglob("[!.]*") if p.suffix.lower() in SUFFIXES] for c in classes]
+    few = {name: len(paths) for name, paths in zip(classes, members, strict=True) if len(paths) < least}
+    if len(classes) < 2 or few:
+        found = f"{str(folder)!r} holds {len(classes)} class folders, of these with too few images: {few}"
+        raise ValueError(f"{found}; it needs two or more, each with {least} or more ({', '.join(SUFFIXES)})")
+    files = [(path, label) for label, paths in enumerate(members) for path in sorted(paths)]
+    images = np.empty((len(files), size, size, 3), dtype=np.uint8)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        for i, image in enumerate(pool.map(lambda file: _decode(file[0], size), files)):
+            images[i] = image
+    return torch.from_numpy(images), torch.tensor([label for _, label in files]), tuple(classes)
+
+
+def _decode(path: Path, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: the shorter side resized to `size`, the centre of the longer one kept."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
+            # By way of RGBA, because a palette may hold transparency, which RGB cannot
+            rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+        return np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))
+    except Exception as error:  # Pillow's decoders raise many kinds of exception on a damaged file
+        raise ValueError(
+            f"cannot read the image {str(path)!r} ({error}); replace it or take it out"
+        ) from error
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """(N, H, H, 3) uint8 -> (N, size, size, 3), bilinear, antialiased when it shrinks."""
+    chunks = []
+    for chunk in images.permute(0, 3, 1, 2).split(1000):  # (1000, 3, H, H): the whole is large in float32
+        x = F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=size < chunk.shape[2])
+        chunks.append(x.round().to(torch.uint8))
+    return torch.cat(chunks).permute(0, 2, 3, 1).contiguous()  # (N, size, size, 3)
+
+
+def _split(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> tuple[Split, Split, tuple[str, ...]]:
+    """A fixed split, the same on every machine: of each class a fifth, and at least one, goes to the test."""
+    generator = torch.Generator().manual_seed(0)
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(classes)):
+        members = (labels == label).nonzero()[:, 0]  # (members,)
+        order = torch.randperm(len(members), generator=generator)
+        test[members[order[: max(1, round(len(members) / 5))]]] = True
+    return Split(images[~test], labels[~test]), Split(images[test], labels[test]), classes

@@ -1,0 +1,193 @@
+"""The networks of both papers, for 32-pixel images, and torchvision's for larger ones.
+
+`create(name)` makes each by name; convolution counts are held against the papers' tables in tests/test_networks.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+VGG16_WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+
+
+class WithinChannelLRN(nn.Module):
+    """Caffe's local response normalisation inside a channel: x (1 + alpha mean(x²))^-beta over a 3x3 window.
+
+    The mean counts the zero padding, as Caffe's does. Channels do not mix, so a channel can be removed.
+    """
+
+    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta = size, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2)
+        return x * (1 + self.alpha * energy) ** -self.beta
+
+
+class ConvNet(nn.Module):
+    """Caffe's `cifar10_full`, the ConvNet of the SPP paper: three 5x5 convolutions and one linear layer.
+
+    Pooling windows round up (32 -> 16 -> 8 -> 4). The input is raw pixels minus the mean image, not scaled: conv1
+    starts at a standard deviation of 1e-4 and stalls on unit-scale input.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 32, 5, padding=2), nn.Conv2d(32, 32, 5, padding=2)
+        self.conv3 = nn.Conv2d(32, 64, 5, padding=2)
+        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.pool2, self.pool3 = nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, ceil_mode=True)
+        self.norm1, self.norm2 = WithinChannelLRN(), WithinChannelLRN()
+        self.linear = nn.Linear(64 * 4 * 4, classes)
+        for layer, deviation in (
+            (self.conv1, 1e-4),
+            (self.conv2, 0.01),
+            (self.conv3, 0.01),
+            (self.linear, 0.01),
+        ):
+            nn.init.normal_(layer.weight, std=deviation)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(F.relu(self.pool1(self.conv1(x))))  # (B, 32, 16, 16)
+        x = self.norm2(self.pool2(F.relu(self.conv2(x))))  # (B, 32, 8, 8)
+        x = self.pool3(F.relu(self.conv3(x)))  # (B, 64, 4, 4)
+        return self.linear(x.flatten(1))
+
+    @property
+    def multipliers(self) -> dict[str, tuple[float, float]]:
+        """Per parameter: factors on the learning rate and on the weight decay, from the authors' prototxt."""
+        return {
+            "conv1.bias": (2.0, 1.0),
+            "conv2.bias": (2.0, 1.0),
+            "linear.weight": (1.0, 250.0),
+            "linear.bias": (2.0, 0.0),
+        }
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, CIFAR form)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs and shortcut == "projection":
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        elif inputs != outputs:
+            self.shortcut = PaddedShortcut(outputs - inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class PaddedShortcut(nn.Module):
+    """Option A: every second pixel, and zero channels up to the new width; no parameters."""
+
+    def __init__(self, extra: int) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+
+
+class ResNet(nn.Module):
+    """ResNet for 32-pixel images: one convolution, three stages of (depth - 2) / 6 blocks, widths 16, 32, 64."""
+
+    def __init__(self, depth: int, *, classes: int = 10, shortcut: str = "A") -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth={depth} must be 6n + 2, such as 20 or 56")
+        if shortcut not in ("A", "projection"):
+            raise ValueError(f"shortcut={shortcut!r} must be 'A' or 'projection'")
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        blocks, inputs = [], 16
+        for stage, width in enumerate((16, 32, 64)):
+            for index in range((depth - 2) // 6):
+                blocks.append(Block(inputs, width, 2 if stage and not index else 1, shortcut))
+                inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.bn1(self.conv1(x))))  # (B, 64, 8, 8)
+        return self.linear(x.mean((2, 3)))
+
+
+class VGG16(nn.Module):
+    """VGG-16 for 32-pixel images: 13 convolutions of 3x3, five poolings, one linear layer."""
+
+    def __init__(self, *, classes: int = 10, batch_norm: bool = True) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = 3
+        for width in VGG16_WIDTHS:
+            if isinstance(width, str):
+                layers.append(nn.MaxPool2d(2))
+                continue
+            layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=not batch_norm))
+            layers += [nn.BatchNorm2d(width)] if batch_norm else []
+            layers.append(nn.ReLU())
+            inputs = width
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(512, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x).flatten(1))
+
+
+NETWORKS = {
+    "convnet": ConvNet,
+    "resnet20": lambda classes: ResNet(20, classes=classes),
+    "resnet20-projection": lambda classes: ResNet(20, classes=classes, shortcut="projection"),
+    "resnet56": lambda classes: ResNet(56, classes=classes),
+    "resnet56-projection": lambda classes: ResNet(56, classes=classes, shortcut="projection"),
+    "vgg16": lambda classes: VGG16(classes=classes, batch_norm=False),
+    "vgg16-bn": lambda classes: VGG16(classes=classes),
+    "torchvision/alexnet": lambda classes: torchvision.models.alexnet(num_classes=classes),
+    "torchvision/vgg16": lambda classes: torchvision.models.vgg16(num_classes=classes),
+    "torchvision/resnet50": lambda classes: torchvision.models.resnet50(num_classes=classes),
+}
+
+
+def create(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
+    """A network with fresh weights drawn from `seed`, channels last; torch's global generator is left as it was.
+
+    >>> sum(p.numel() for p in create("convnet").parameters())
+    89578
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r} is not known; choose one of {', '.join(NETWORKS)}")
+    if classes < 1:
+        raise ValueError(f"classes={classes} must be at least 1")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
+        return NETWORKS[name](classes).to(memory_format=torch.channels_last)
+
+
+def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of a network by name, in the order in which they were defined.
+
+    >>> list(convolutions(create("convnet")))
+    ['conv1', 'conv2', 'conv3']
+    """
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}

@@ -1,0 +1,134 @@
+"""Structured probabilistic pruning (SPP, arXiv 1709.06994): the equations, as functions of tensors.
+
+A convolution's weight (O, C, kh, kw) is a GEMM matrix of O filters by N_c = C·kh·kw columns. A column, one input
+channel at one tap over all filters, is a weight group. Every group has a pruning probability.
+
+    symbol      shape    meaning
+    p           (N_c,)   pruning probability, 0 at the start; 1 is final
+    r           (N_c,)   rank of a group by the L1 norm of its weights, 0 the smallest
+    R           ()       pruning ratio of the layer; target = ceil(R·N_c) groups go
+    A, u        ()       largest increment of p; height of the curve's centre of symmetry is u·A
+    alpha, N    ()       decay of the curve and its centre, from A, u and the target
+    g           (N_c,)   mask of a group, 0 with probability p, drawn anew every iteration
+
+This is the form of the authors' code: groups that are gone (p = 1) leave the ranking, and alpha comes from what
+remains of the target. Algorithm 1 of the paper keeps both fixed, which takes hundreds of times as many updates.
+`sppkit.pruner` applies these functions to a network in training.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def increment(rank: Tensor | float, remaining: int, *, A: float = 0.05, u: float = 0.25) -> Tensor:
+    """Change of the pruning probability at one update, SPP eq. (3), with alpha = ln(2/u) / remaining.
+
+    Args:
+        rank: any shape, rank among the groups that are not yet pruned, 0 the least important.
+        remaining: groups that must still reach p = 1; the curve crosses zero at this rank.
+        A: the largest increment, given to rank 0.
+        u: the curve is point-symmetric about (N, u·A) with N = -ln(u) / alpha.
+
+    Returns float64 of the shape of `rank`: A at 0, u·A at N, 0 at `remaining`, negative beyond. Raises ValueError for
+    remaining < 1, A outside (0, 1] or u outside (0, 1).
+
+    >>> increment(torch.tensor([0, 10, 15]), 10)
+    tensor([ 0.0500,  0.0000, -0.0457], dtype=torch.float64)
+    """
+    if remaining < 1:
+        raise ValueError(f"remaining={remaining} must be at least 1; a layer at its target needs no update")
+    if not 0 < A <= 1 or not 0 < u < 1:
+        raise ValueError(f"A={A} must lie in (0, 1] and u={u} in (0, 1); the paper uses A=0.05, u=0.25")
+    r = torch.as_tensor(rank, dtype=torch.float64)
+    alpha = math.log(2 / u) / remaining
+    centre = -math.log(u) / alpha  # N
+    falling = A * torch.exp(-alpha * r)
+    # exp would overflow far beyond the target near the end; the clamp to [0, 1] of eq. (4) makes both the same
+    rising = 2 * u * A - A * torch.exp((-alpha * (2 * centre - r)).clamp(max=700))
+    return torch.where(r <= centre, falling, rising)  # SPP eq. (3)
+
+
+def update(
+    probability: Tensor, importance: Tensor, target: int, *, A: float = 0.05, u: float = 0.25
+) -> Tensor:
+    """New pruning probabilities of one layer, SPP eq. (3) and (4) in the remaining-target form.
+
+    Args:
+        probability: (N_c,) in [0, 1]; groups at 1 stay there and leave the ranking.
+        importance: (N_c,) finite, larger is more important; only its order counts, ties by position.
+        target: groups to prune in this layer, 0 to N_c.
+
+    Returns a new tensor like `probability`; once `target` groups are at 1 it returns them unchanged. At most `target`
+    groups ever reach 1, because only ranks below the remaining target gain probability.
+
+    >>> update(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 2.0, 1.0]), target=2)
+    tensor([1.0000, 0.5000, 0.0500])
+    """
+    _check(probability, importance, target)
+    alive = probability < 1
+    remaining = target - int((~alive).sum())
+    if remaining <= 0:
+        return probability.clone()
+    indices = alive.nonzero().flatten()  # (N_alive,)
+    order = torch.argsort(importance[indices], stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    p = probability.to(torch.float64, copy=True)
+    p[indices] = (p[indices] + increment(rank, remaining, A=A, u=u)).clamp(0, 1)  # SPP eq. (4)
+    return p.to(probability.dtype)
+
+
+def column_importance(weight: Tensor) -> Tensor:
+    """L1 norm of each column: weight (O, C, kh, kw) -> (C·kh·kw,), in the order of `weight.flatten(1)`.
+
+    >>> column_importance(torch.ones(4, 2, 1, 1))
+    tensor([4., 4.])
+    """
+    return weight.detach().abs().sum(0).flatten()
+
+
+def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Masks g, one Bernoulli draw a group: True (kept) with probability 1 - p; p = 1 never, p = 0 always.
+
+    >>> draw(torch.tensor([0.0, 1.0]))
+    tensor([ True, False])
+    """
+    number = torch.rand(probability.shape, generator=generator, device=probability.device)
+    return number >= probability
+
+
+def target_count(ratio: float, groups: int) -> int:
+    """ceil(ratio·groups) without rounding errors: 0.28 of 75 is 21, although 0.28 * 75 > 21 in floating point.
+
+    Raises ValueError where the ratio lies outside (0, 1) or would leave no group.
+
+    >>> target_count(0.28, 75)
+    21
+    """
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio={ratio} must lie in (0, 1); leave a layer out of `layers` to skip it")
+    count = max(1, math.ceil(Fraction(ratio).limit_denominator(10**6) * groups))
+    if count >= groups:
+        raise ValueError(f"ratio={ratio} of {groups} groups would leave none; lower it or skip the layer")
+    return count
+
+
+def _check(probability: Tensor, importance: Tensor, target: int) -> None:
+    if probability.dim() != 1 or probability.shape != importance.shape:
+        raise ValueError(
+            f"probability {tuple(probability.shape)} and importance {tuple(importance.shape)} must both be (N_c,)"
+        )
+    if not bool(((probability >= 0) & (probability <= 1)).all()):
+        raise ValueError(
+            f"probabilities must lie in [0, 1], found {probability.min():g} to {probability.max():g}"
+        )
+    if not bool(importance.isfinite().all()):
+        bad = int((~importance.isfinite()).sum())
+        raise ValueError(f"{bad} of {len(importance)} importances are NaN or infinite; check the weights")
+    if not 0 <= target <= len(probability):
+        raise ValueError(f"target={target} must lie in 0 to {len(probability)}, the number of groups")

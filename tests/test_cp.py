@@ -1,0 +1,209 @@
+"""Channel Pruning of whole networks: sampling, widths, the layer-by-layer loop and what must be refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sppkit import compact, cost, cp, networks
+
+
+class Chain(nn.Module):
+    """conv1 -> BatchNorm -> ReLU -> conv2 (stride 2, dilated) -> ReLU -> conv3, without and with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, bias=False)
+        self.conv3 = nn.Conv2d(12, 6, 1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv2(self.relu(self.norm(self.conv1(x)))))
+        return self.conv3(x).mean((2, 3))
+
+
+@pytest.fixture
+def chain() -> nn.Module:
+    torch.manual_seed(0)
+    network = Chain()
+    network(torch.randn(32, 3, 12, 12))  # gives the BatchNorm its statistics
+    return network
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
+        {"kernel_size": 3, "padding": "same", "dilation": 2},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    ],
+)
+def test_patches_times_weight_are_the_outputs(settings: dict) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 5, **settings).double()
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        output = conv(x)
+        positions = torch.stack([torch.randperm(output[0, 0].numel())[:7] for _ in range(3)])
+        X = cp.sample_patches(x, conv, positions)
+        expected = torch.cat([output[b].flatten(1)[:, positions[b]].T for b in range(3)])  # (3 * 7, 5)
+        torch.testing.assert_close(X @ conv.weight.flatten(1).T + conv.bias, expected)
+
+
+@pytest.mark.parametrize("ratio", [1.05, 2.0, 4.0])
+@pytest.mark.parametrize("name", ["convnet", "vgg16"])
+def test_widths_reach_the_ratio_of_the_compact_network_by_one_channel(name: str, ratio: float) -> None:
+    network, example = networks.create(name), torch.zeros(1, 3, 32, 32)
+    keep = cp.widths(network, example, ratio)
+
+    def reached(widths: dict[str, int]) -> float:
+        masked = copy.deepcopy(network)
+        for layer, width in widths.items():
+            masked.get_submodule(layer).weight.data[:, width:] = 0
+        return cost.flop_ratio(network, compact.compact(masked), example)
+
+    assert set(keep) == set(compact.channel_links(network))
+    full = {layer: network.get_submodule(layer).in_channels for layer in keep}
+    assert reached(keep) >= ratio
+    assert reached(keep) < ratio * 1.06
+    fractions = [keep[layer] / full[layer] for layer in keep]
+    assert max(fractions) - min(fractions) <= 1 / min(full.values())  # one fraction, to within a channel
+    with_one_more = [keep | {layer: keep[layer] + 1} for layer in keep if keep[layer] < full[layer]]
+    assert any(reached(widths) < ratio for widths in with_one_more)  # the last channel was needed
+
+
+def test_pruned_network_has_the_widths_and_mends_the_output(chain: nn.Module, images: Tensor) -> None:
+    before = copy.deepcopy(chain.state_dict())
+    pruned, table = cp.channel_prune(chain, images, keep={"conv2": 5, "conv3": 7}, points=100)
+    assert table["layer"].tolist() == ["conv2", "conv3"]
+    assert table["kept"].tolist() == [5, 7]
+    for layer, width in (("conv2", 5), ("conv3", 7)):
+        assert int(pruned.get_submodule(layer).weight.ne(0).any(3).any(2).any(0).sum()) == width
+    assert (table["error"] < table["error_before"]).all()
+    assert (table["violation"] < 1e-8).all()
+    assert pruned.training
+    assert pruned.conv2.bias is not None
+    for key, value in chain.state_dict().items():
+        assert torch.equal(value, before[key])
+    small = compact.compact(pruned.eval(), images)
+    assert small.conv1.out_channels == 5
+    assert small.conv2.weight.shape == (7, 5, 3, 3)
+
+
+def test_errors_are_those_of_the_whole_feature_map(chain: nn.Module, images: Tensor) -> None:
+    """All positions sampled: the table's errors follow from running both networks."""
+    pruned, table = cp.channel_prune(chain.eval(), images, keep={"conv2": 5, "conv3": 7}, points=10_000)
+    maps: dict[str, Tensor] = {}
+    for which, network in (("dense", chain), ("pruned", pruned)):
+        for layer in ("conv2", "conv3"):
+            network.get_submodule(layer).register_forward_hook(
+                lambda m, args, out, key=which + layer: maps.__setitem__(key, out.detach().clone())
+            )
+        with torch.no_grad():
+            network(images)
+    for layer, found in zip(table["layer"], table["error"], strict=True):
+        Y, output = (
+            maps[which + layer].transpose(0, 1).flatten(1) for which in ("dense", "pruned")
+        )  # (n, N)
+        expected = (Y - output).square().sum() / (Y - Y.mean(1, keepdim=True)).square().sum()
+        assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_keeping_everything_leaves_the_function_unchanged(chain: nn.Module, images: Tensor) -> None:
+    pruned, table = cp.channel_prune(chain.eval(), images, keep={"conv2": 8, "conv3": 12}, points=100)
+    assert (table["error"] < 1e-9).all()
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(images), chain(images), rtol=1e-4, atol=1e-5)
+
+
+def test_second_layer_sees_the_pruned_network(chain: nn.Module, images: Tensor) -> None:
+    """With all its channels conv3 is exact, unless conv2 before it lost some."""
+    _, alone = cp.channel_prune(chain, images, keep={"conv3": 12}, points=100)
+    _, after = cp.channel_prune(chain, images, keep={"conv2": 3, "conv3": 12}, points=100)
+    assert alone["error"].iloc[0] < 1e-9
+    assert after["error"].iloc[1] > 1e-3
+
+
+def test_refit_and_lasso_beat_the_first_channels(chain: nn.Module, images: Tensor) -> None:
+    pruned, _ = cp.channel_prune(chain.eval(), images, keep={"conv2": 5}, points=100)
+    first = copy.deepcopy(chain)
+    first.conv2.weight.data[:, 5:] = 0
+    with torch.no_grad():
+        ours, theirs = (F.mse_loss(network(images), chain(images)) for network in (pruned, first))
+    assert ours < 0.5 * theirs
+
+
+def test_same_seed_same_network_and_other_seed_other_samples(chain: nn.Module, images: Tensor) -> None:
+    settings = {"keep": {"conv2": 5}, "points": 4, "batch_size": 16}
+    one, two, other = (cp.channel_prune(chain, images, seed=seed, **settings)[0] for seed in (0, 0, 1))
+    assert torch.equal(one.conv2.weight, two.conv2.weight)
+    assert not torch.equal(one.conv2.weight, other.conv2.weight)
+
+
+def test_flop_ratio_is_reached_by_a_whole_network(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network, images = networks.create("convnet").eval(), F.interpolate(images, 32) * 50
+    pruned, table = cp.channel_prune(network, images, flop_ratio=2)
+    assert table["kept"].tolist() == list(cp.widths(network, images, 2).values())
+    assert 2 <= cost.flop_ratio(network, compact.compact(pruned, images), images) < 2.1
+
+
+def test_dead_channels_are_dropped_below_the_width_asked(chain: nn.Module, images: Tensor) -> None:
+    chain.norm.weight.data[:4], chain.norm.bias.data[:4] = 0, -1  # ReLU kills four of eight
+    _, table = cp.channel_prune(chain, images, keep={"conv2": 6})
+    assert table["kept"].tolist() == [4]
+
+
+def test_a_failure_leaves_no_hook_and_names_the_layer(chain: nn.Module, images: Tensor) -> None:
+    chain.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 'conv2': Y holds NaN|layer 'conv2': X holds NaN"):
+        cp.channel_prune(chain, images, keep={"conv2": 5})
+    conv = chain.conv2
+    with pytest.raises(RuntimeError):
+        cp._capture(chain, conv, torch.zeros(1, 5, 12, 12), output=True)
+    assert not conv._forward_hooks
+    assert not conv._forward_pre_hooks
+
+
+def test_bad_input_is_named(chain: nn.Module, images: Tensor) -> None:
+    cases = [
+        (
+            {"keep": {"conv9": 2}},
+            "layer 'conv9' has no input channels to prune; those that have: conv2, conv3",
+        ),
+        ({"keep": {"conv1": 2}}, "layer 'conv1' has no input channels"),
+        ({"keep": {"conv2": 0}}, r"keep=0 of layer 'conv2' must lie in 1\.\.8"),
+        ({"keep": {"conv2": 9}}, r"keep=9 of layer 'conv2' must lie in 1\.\.8"),
+        ({"flop_ratio": 1.0}, r"flop_ratio=1\.0 must be above 1"),
+        ({"flop_ratio": float("nan")}, "must be above 1"),
+        ({"flop_ratio": 1000.0}, r"flop_ratio=1000\.0 is out of reach: .* conv2, conv3 gives \d+\.\d\d"),
+        ({}, "either flop_ratio or keep"),
+        ({"flop_ratio": 2.0, "keep": {"conv2": 2}}, "either flop_ratio or keep"),
+        ({"flop_ratio": 2.0, "points": 0}, "points=0"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            cp.channel_prune(chain, images, **settings)
+    images[3, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="images hold NaN or infinity"):
+        cp.channel_prune(chain, images, flop_ratio=2)
+    with pytest.raises(ValueError, match="at least one image"):
+        cp.channel_prune(chain, images[:0], flop_ratio=2)
+
+
+def test_grouped_layer_is_refused_by_name(images: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="layer '2' is grouped"):
+        cp.channel_prune(network, images, keep={"2": 2})

@@ -1,0 +1,101 @@
+"""The captured training step. Skipped without a GPU; run on one with `python -m pytest tests/test_gpu.py`."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from sppkit import data, networks, train
+from sppkit.pruner import Pruner, targets
+from sppkit.train import Training
+
+pytestmark = pytest.mark.gpu
+SETTINGS = Training(steps=40, batch_size=64, lr=1e-3, weight_decay=0.004, normalise="mean_image")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", device="cuda")
+
+
+def make(seed=0):
+    return networks.create("convnet", seed=seed).to("cuda")
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def test_captured_and_eager_steps_train_alike(digits):
+    eager, captured = make(), make()
+    losses = [train.fit(eager, digits, SETTINGS, capture=False), train.fit(captured, digits, SETTINGS)]
+    moved = weights(eager) - weights(make())
+    assert float((weights(eager) - weights(captured)).norm() / moved.norm()) < 1e-3
+    assert losses[0]["loss"].tolist() == pytest.approx(losses[1]["loss"].tolist(), rel=1e-3)
+
+
+def test_warming_up_and_capturing_leave_no_trace_in_the_weights(digits):
+    network = networks.create("resnet20").to("cuda")
+    before = copy.deepcopy(network.state_dict())
+    run = train._Run(network, digits, replace(SETTINGS, normalise="channel"), None, True)
+    run.batches.start_epoch(0)
+    run.batches.select(0)
+    run._set_rate(1e-3)
+    run._capture()
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert run.totals.tolist() == [0, 0]
+
+
+def test_a_replay_sees_a_new_learning_rate(digits):
+    network = make()
+    run = train._Run(network, digits, replace(SETTINGS, momentum=0.0, weight_decay=0.0), None, True)
+    run.step(0, 0, 0)
+    steps = []
+    for rate in (1e-3, 1e-2, 1e-9):
+        run.batches.select(1)
+        run._set_rate(rate)
+        before = weights(network).clone()
+        run.graph.replay()
+        steps.append(float((weights(network) - before).norm()))
+    assert steps[1] / steps[0] == pytest.approx(10, rel=0.2)
+    assert steps[2] < 1e-4 * steps[0]
+
+
+def test_a_replay_draws_new_masks_and_sees_new_probabilities(digits):
+    network = make()
+    pruner = Pruner(network, targets(network, flop_ratio=2))
+    run = train._Run(network, digits, SETTINGS, pruner, True)
+    pruner.probability.fill_(0.5)
+    run.step(0, 0, 0)
+    masks = []
+    for position in (1, 2):
+        run.step(position, 0, position)
+        masks.append(pruner._mask.clone())
+    assert not torch.equal(*masks)
+    assert 0.4 < float(masks[0].mean()) < 0.6
+    pruner.probability.fill_(1.0)
+    run.step(3, 0, 3)
+    assert float(pruner._mask.sum()) == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_pruning_resumes_on_a_gpu(digits, tmp_path, monkeypatch, precision):
+    settings = replace(SETTINGS, steps=600, precision=precision)
+    results = []
+    for stops in (False, True):
+        network = make()
+        pruner = Pruner(network, targets(network, flop_ratio=2), interval=2)
+        path = tmp_path / f"{stops}.safetensors"
+        if stops:
+            ticks = itertools.count()
+            with monkeypatch.context() as patch, pytest.raises(train.OutOfTime, match="at step 29"):
+                patch.setattr(train.time, "monotonic", lambda: next(ticks) / 10)
+                train.fit(network, digits, settings, pruner=pruner, checkpoint=path, deadline=31 / 10)
+            network = make(seed=1)
+            pruner = Pruner(network, targets(network, flop_ratio=2), interval=2, seed=1)
+        history = train.fit(network, digits, settings, pruner=pruner, checkpoint=path)
+        assert pruner.finished
+        results.append((pruner.probability.clone(), history["loss"]))
+    assert results[0][1].iloc[0] == pytest.approx(results[1][1].iloc[0], rel=1e-2)
+    assert float((results[0][0] == results[1][0]).float().mean()) > 0.9

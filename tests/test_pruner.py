@@ -1,0 +1,400 @@
+"""The pruner against a slow reference that keeps every layer's masks by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sppkit import networks, spp
+from sppkit.pruner import Pruner, targets
+
+LR, MOMENTUM, DECAY = 0.005, 0.9, 0.005
+
+
+class Small(nn.Module):
+    """Two pruned convolutions, one that is left alone, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, (1, 2), bias=False)
+        self.free = nn.Conv2d(5, 4, 1)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.two(F.relu(self.one(x))))
+        return self.linear(F.relu(self.free(x)).mean((2, 3)))
+
+
+TARGETS = {"one": 14, "two": 5}
+
+
+def small(seed: int = 0) -> Small:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Small()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(8, 3, 5, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def sgd(network: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+
+
+def step(network: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, number: int) -> None:
+    x, y = batch(number)
+    pruner.before()
+    F.cross_entropy(network(x), y).backward()
+    pruner.after()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Reference:
+    """SPP in training, one layer and one column at a time, on copies of the weights."""
+
+    def __init__(self, network: nn.Module, seed: int) -> None:
+        self.w = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.w.items()}
+        self.p = {name: np.zeros(self.w[f"{name}.weight"][0].numel()) for name in TARGETS}
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def update(self) -> None:
+        for name, p in self.p.items():
+            weight = self.w[f"{name}.weight"]
+            O, C, kh, kw = weight.shape
+            columns = [(c, i, j) for c in range(C) for i in range(kh) for j in range(kw)]
+            norms = [sum(abs(float(weight[o, c, i, j])) for o in range(O)) for c, i, j in columns]
+            alive = [k for k in np.argsort(norms, kind="stable") if p[k] < 1]
+            remaining = TARGETS[name] - (len(p) - len(alive))
+            if remaining == 0:
+                continue
+            alpha = math.log(2 / 0.25) / remaining
+            N = -math.log(0.25) / alpha
+            for rank, k in enumerate(alive):
+                rise = math.exp(-alpha * rank) if rank <= N else 0.5 - math.exp(-alpha * (2 * N - rank))
+                p[k] = min(max(p[k] + 0.05 * rise, 0), 1)
+            if (p == 1).sum() == TARGETS[name]:
+                p[p < 1] = 0
+            for k, (c, i, j) in enumerate(columns):
+                if p[k] == 1:
+                    weight[:, c, i, j] = 0
+                    self.v[f"{name}.weight"][:, c, i, j] = 0
+
+    def step(self, number: int) -> dict[str, Tensor]:
+        x, y = batch(number)
+        draws = torch.rand(sum(map(len, self.p.values())), generator=self.generator).tolist()
+        masks = {}
+        for name, p in self.p.items():
+            weight = self.w[f"{name}.weight"]
+            mask = torch.tensor([float(draws.pop(0) >= pk) for pk in p])
+            masks[f"{name}.weight"] = mask.view(1, *weight.shape[1:]).expand_as(weight)
+        leaves = {name: value.clone().requires_grad_() for name, value in self.w.items()}
+        m = {name: leaf * masks[name] if name in masks else leaf for name, leaf in leaves.items()}
+        h = F.relu(F.conv2d(x, m["one.weight"], m["one.bias"], padding=1))
+        h = F.relu(F.conv2d(F.relu(F.conv2d(h, m["two.weight"])), m["free.weight"], m["free.bias"]))
+        logits = h.mean((2, 3)) @ m["linear.weight"].T + m["linear.bias"]
+        loss = -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
+        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        for name in self.w:
+            if name in masks:
+                self.v[name] = self.v[name] * masks[name]  # the momentum goes before the decay is added
+                gradients[name] = gradients[name] * masks[name]
+            self.v[name] = MOMENTUM * self.v[name] + gradients[name] + DECAY * self.w[name]
+            self.w[name] = self.w[name] - LR * self.v[name]
+        return masks
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_training_is_the_slow_reference_from_the_first_step_to_beyond_the_last_update() -> None:
+    network = small()
+    reference = Reference(network, seed=3)
+    pruner = Pruner(network, TARGETS, interval=2, seed=3)
+    optimizer = sgd(network)
+    pruner.attach(optimizer)
+    masked = updates = 0
+    number = after = 0
+    while after < 40:
+        assert number < 1000
+        after += pruner.finished
+        if number % 2 == 0 and not pruner.finished:
+            pruner.update()
+            reference.update()
+            updates += 1
+        step(network, pruner, optimizer, number)
+        masks = reference.step(number)
+        masked += int(sum((1 - mask).sum() for mask in masks.values()))
+        for name, value in network.named_parameters():
+            torch.testing.assert_close(value.detach(), reference.w[name], rtol=1e-9, atol=1e-11)
+            momentum = optimizer.state[value]["momentum_buffer"]
+            torch.testing.assert_close(momentum, reference.v[name], rtol=1e-9, atol=1e-11)
+        for name, p in reference.p.items():
+            np.testing.assert_allclose(pruner.probability[pruner.slices[name]].numpy(), p, atol=1e-12)
+        number += 1
+    assert masked > 1000
+    assert updates == pruner.updates == len(pruner.trace) > 20
+    assert all(int((p == 1).sum()) == TARGETS[name] for name, p in reference.p.items())
+
+
+def set_up(seed: int = 0, **options: int) -> tuple[Small, Pruner, torch.optim.SGD]:
+    network = small()
+    pruner = Pruner(network, TARGETS, seed=seed, **options)
+    optimizer = sgd(network)
+    pruner.attach(optimizer)
+    return network, pruner, optimizer
+
+
+def test_a_masked_group_gets_no_gradient_and_keeps_its_value_but_decays() -> None:
+    network, pruner, optimizer = set_up()
+    for number in range(3):  # momentum is there
+        step(network, pruner, optimizer, number)
+    weight = network.one.weight.detach().clone()
+    momentum = optimizer.state[network.one.weight]["momentum_buffer"]
+    assert momentum.ne(0).all()
+    pruner.probability.fill_(0.5)
+    x, y = batch(9)
+    pruner.before()
+    keep = network.one.weight.detach().ne(0).all(0)  # (C, kh, kw)
+    assert torch.equal(network.one.weight.detach(), weight * keep)
+    assert 5 < int(keep.sum()) < 22
+    bias = network.one.bias.detach().clone()
+    F.cross_entropy(network(x), y).backward()
+    pruner.after()
+    assert torch.equal(network.one.weight.detach(), weight)
+    assert not network.one.weight.grad[:, ~keep].any()
+    assert network.one.weight.grad[:, keep].ne(0).any(0).all()
+    assert not momentum[:, ~keep].any()
+    assert momentum[:, keep].ne(0).all()
+    optimizer.step()
+    torch.testing.assert_close(network.one.weight.detach()[:, ~keep], weight[:, ~keep] * (1 - LR * DECAY))
+    assert not torch.equal(network.one.bias.detach(), bias)
+
+
+def test_biases_and_other_layers_are_never_masked() -> None:
+    network, pruner, optimizer = set_up()
+    pruner.probability.fill_(1.0)
+    names = ["one.bias", "free.weight", "free.bias", "linear.weight", "linear.bias"]
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    pruner.before()
+    after = dict(network.named_parameters())
+    assert all(torch.equal(before[name], after[name].detach()) for name in names)
+    assert not network.one.weight.detach().any()
+    assert not network.two.weight.detach().any()
+
+
+def test_attaching_changes_no_value_and_keeps_the_momentum_there_was() -> None:
+    network = small()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = sgd(network)
+    F.cross_entropy(network(batch(0)[0]), batch(0)[1]).backward()
+    optimizer.step()
+    momentum = optimizer.state[network.two.weight]["momentum_buffer"].clone()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    pruner = Pruner(network, TARGETS)
+    pruner.attach(optimizer)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert torch.equal(optimizer.state[network.two.weight]["momentum_buffer"], momentum)
+    assert momentum.any()
+
+
+def test_pruned_groups_are_zero_for_good_and_survivors_go_to_zero_probability() -> None:
+    network, pruner, optimizer = set_up(interval=1)
+    gone = torch.zeros_like(pruner.probability, dtype=torch.bool)
+    number = 0
+    while not pruner.finished:
+        pruner.update()
+        assert (pruner.probability[gone] == 1).all()
+        gone = pruner.probability == 1
+        step(network, pruner, optimizer, number)
+        number += 1
+        assert number < 400
+    assert set(pruner.probability.tolist()) == {0.0, 1.0}
+    assert {name: pruner.pruned(name) for name in TARGETS} == TARGETS
+    for number in range(500, 520):
+        step(network, pruner, optimizer, number)
+    for name in TARGETS:
+        conv = network.get_submodule(name)
+        zero = conv.weight.detach().flatten(1).eq(0).all(0)
+        assert torch.equal(zero, pruner.probability[pruner.slices[name]] == 1)
+        assert int(zero.sum()) == TARGETS[name]
+        assert torch.equal(zero, optimizer.state[conv.weight]["momentum_buffer"].flatten(1).eq(0).all(0))
+    updates = pruner.updates
+    weights = pruner._weight.clone()
+    pruner.update()  # of no effect but the count
+    assert torch.equal(pruner._weight, weights)
+    assert pruner.updates == updates + 1
+
+
+def test_a_layer_that_finishes_early_waits_for_the_others() -> None:
+    network = small()
+    pruner = Pruner(network, {"one": 20, "two": 3})
+    finish = {}
+    while not pruner.finished:
+        pruner.update()
+        for name, target in pruner.targets.items():
+            if pruner.pruned(name) == target:
+                finish.setdefault(name, pruner.updates)
+                assert set(pruner.probability[pruner.slices[name]].tolist()) == {0.0, 1.0}
+    assert len(set(finish.values())) == 2
+
+
+def test_channels_last_and_contiguous_weights_give_the_same() -> None:
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        network = small().to(memory_format=memory_format)
+        pruner = Pruner(network, TARGETS, interval=2)
+        assert network.one.weight.is_contiguous(memory_format=memory_format)
+        optimizer = sgd(network)
+        pruner.attach(optimizer)
+        for number in range(300):
+            if number % 2 == 0 and not pruner.finished:
+                pruner.update()
+            step(network, pruner, optimizer, number)
+        assert pruner.finished
+        assert network.one.weight.is_contiguous(memory_format=memory_format)
+        results.append((pruner.probability, {k: v.clone() for k, v in network.state_dict().items()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_depend_on_the_seed_and_not_on_global_state() -> None:
+    masks = []
+    state = torch.get_rng_state()
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(masks))
+        _, pruner, _ = set_up(seed=seed)
+        pruner.probability.fill_(0.5)
+        pruner.before()
+        masks.append(pruner._weight.ne(0))
+    torch.set_rng_state(state)
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_a_saved_state_goes_on_bit_for_bit() -> None:
+    network, pruner, optimizer = set_up(interval=1)
+    for number in range(30):
+        pruner.update()
+        step(network, pruner, optimizer, number)
+    twin = copy.deepcopy(network)
+    other = Pruner(twin, TARGETS, interval=1, seed=99)
+    other_optimizer = sgd(twin)
+    saved = {name: value.clone() for name, value in pruner.state().items()}
+    buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in network.parameters()]
+    for parameter, buffer in zip(twin.parameters(), buffers, strict=True):
+        other_optimizer.state[parameter]["momentum_buffer"] = buffer
+    other.attach(other_optimizer)
+    other.load_state(saved)
+    assert other.updates == 30
+    for number in range(30, 60):
+        for net, prune, optim in ((network, pruner, optimizer), (twin, other, other_optimizer)):
+            prune.update()
+            step(net, prune, optim, number)
+    pairs = zip(network.parameters(), twin.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(pruner.probability, other.probability)
+    assert torch.equal(torch.stack(pruner.trace), torch.stack(other.trace))
+
+
+def test_the_state_of_another_network_is_refused() -> None:
+    _, pruner, _ = set_up()
+    other = Pruner(networks.create("convnet"), {"conv1": 5})
+    before = pruner.probability.clone()
+    with pytest.raises(ValueError, match="the saved pruning state has 75 groups, this network 39"):
+        pruner.load_state(other.state())
+    assert torch.equal(pruner.probability, before)
+
+
+def test_the_table_counts_groups_that_came_back() -> None:
+    _, pruner, _ = set_up()
+    high, low = torch.full_like(pruner.probability, 0.6), torch.zeros_like(pruner.probability)
+    low[0] = 0.55  # stays high: did not come back
+    pruner.trace = [high, low]
+    pruner.probability[pruner.slices["two"]] = 1.0
+    table = pruner.table()
+    assert table.to_dict("list") == {
+        "layer": ["one", "two"],
+        "groups": [27, 12],
+        "target": [14, 5],
+        "pruned": [0, 12],
+        "recovered": [26, 12],
+    }
+
+
+def test_targets_are_one_ratio_in_all_layers() -> None:
+    network = networks.create("convnet")
+    assert targets(network, flop_ratio=2) == {"conv1": 38, "conv2": 400, "conv3": 400}
+    assert targets(network, flop_ratio=3, layers=["conv1"]) == {"conv1": 50}
+    for ratio in (1.0, 0.5, math.nan):
+        with pytest.raises(ValueError, match=f"flop_ratio={ratio} must be above 1"):
+            targets(network, flop_ratio=ratio)
+    with pytest.raises(
+        ValueError, match="layer 'conv4' is not a convolution of this network; it has conv1, conv2"
+    ):
+        targets(network, flop_ratio=2, layers=["conv1", "conv4"])
+
+
+def test_bad_input_is_refused_and_the_network_left_alone() -> None:
+    network = small()
+    before = {name: (value.clone(), value.data_ptr()) for name, value in network.state_dict().items()}
+    cases: list[tuple[dict[str, int], int, str]] = [
+        (
+            {"one": 5, "three": 1},
+            1,
+            "layer 'three' is not a convolution of this network; it has one, two, free",
+        ),
+        ({"one": 5, "linear": 1}, 1, "layer 'linear' is not a convolution"),
+        ({"one": 27}, 1, "target=27 of layer 'one' must lie in 1 to 26"),
+        ({"one": 5, "two": 0}, 1, "target=0 of layer 'two' must lie in 1 to 11"),
+        ({"one": -1}, 1, "target=-1 of layer 'one'"),
+        ({}, 1, "targets is empty"),
+        ({"one": 5}, 0, "interval=0 must be at least 1 step"),
+    ]
+    for goals, interval, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Pruner(network, goals, interval=interval)
+    network.two.weight.data[1, 2, 0, 1] = math.nan
+    with pytest.raises(ValueError, match="weights of layer 'two' hold NaN or infinite values"):
+        Pruner(network, TARGETS)
+    network.two.weight.data.copy_(before["two.weight"][0])
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name][0])
+        assert value.data_ptr() == before[name][1]
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="layer '0' has groups=2"):
+        Pruner(grouped, {"0": 2})
+
+
+def test_weights_that_become_nan_stop_the_update_and_name_the_layer() -> None:
+    network, pruner, _ = set_up()
+    pruner.update()
+    network.two.weight.data[0, 0, 0, 0] = math.inf
+    with pytest.raises(ValueError, match="layer 'two', update 2: 1 of 12 importances are NaN or infinite"):
+        pruner.update()
+    assert pruner.updates == 1
+
+
+def test_the_importance_is_of_unmasked_weights() -> None:
+    network, pruner, optimizer = set_up()
+    pruner.probability[:] = 0.5
+    expected = spp.update(pruner.probability[:27].clone(), spp.column_importance(network.one.weight), 14)
+    pruner.before()
+    pruner.after()
+    pruner.update()
+    assert torch.equal(pruner.probability[:27], expected)
