@@ -26,7 +26,7 @@ class Normalise:
             raise ValueError(f'kind={kind!r} must be "channel" or "mean_image"')
         if kind == "mean_image":
             mean = split.images.sum(0).permute(2, 0, 1) / len(split)  # (3, H, W)
-            return cls(mean, torch.ones_like(mean))
+            return cls(mean, torch.ones_like(mean[:, :1, :1]))
         std, mean = torch.std_mean(split.images.float(), (0, 1, 2), correction=0)  # (3,) each
         std = torch.where(std > 0, std, 1)  # a constant channel is only centred
         return cls(mean.view(3, 1, 1), std.view(3, 1, 1))

@@ -135,7 +135,7 @@ def channel_links(network: nn.Module) -> dict[str, str]:
     }
 
 
-def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: float = 1e-4) -> nn.Module:
+def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: float = 1e-9) -> nn.Module:
     """A copy of `network` without its zero columns and without the channels that nothing reads.
 
     With `example` (B, C, H, W) both networks are run on it in evaluation mode, and a largest difference above
@@ -172,12 +172,12 @@ def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: flo
 
 
 def largest_difference(one: nn.Module, other: nn.Module, example: Tensor) -> float:
-    """Largest absolute difference of two networks' outputs on `example`, over the largest absolute output of `one`."""
-    modes = one.training, other.training
+    """Largest absolute difference of two networks' outputs on `example`, over the largest absolute output of `one`.
+
+    Computed in float64 on copies in evaluation mode, so that TF32 or another order of sums does not hide a mistake.
+    """
     with torch.inference_mode():
-        expected, found = one.eval()(example), other.eval()(example)
-    one.train(modes[0])
-    other.train(modes[1])
+        expected, found = (copy.deepcopy(network).double().eval()(example.double()) for network in (one, other))
     return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 

@@ -28,13 +28,13 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        count, pixels = len(self.labels), self.images.shape[1:3]
+        n, h_w = len(self.labels), self.images.shape[1:3]
         types = self.images.dtype, self.labels.dtype
-        if self.images.shape != (count, *pixels, 3) or not count or types != (torch.uint8, torch.int64):
-            found = (
-                f"images {tuple(self.images.shape)} and labels {tuple(self.labels.shape)} of types {types}"
+        if not n or self.images.shape != (n, *h_w, 3) or types != (torch.uint8, torch.int64):
+            found = f"{tuple(self.images.shape)}, {tuple(self.labels.shape)} of {types}"
+            raise ValueError(
+                f"images and labels are {found}; give (N, H, W, 3) torch.uint8, (N,) torch.int64"
             )
-            raise ValueError(f"{found}; give (N, H, W, 3) torch.uint8 and (N,) torch.int64, N at least 1")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,8 +76,8 @@ def load(
     A folder holds train/ and val/ (or test/), each with a folder for each class; or the class folders alone,
     of which a fixed, stratified fifth becomes the test split. `size` is the side in pixels (32 for digits and
     cifar10, else 128): photographs are cropped to their centre. cifar10 and imagenette lie in `root`, where
-    `download` puts them if absent. Raises FileNotFoundError for absent data, ValueError for damaged or too few
-    images or an absent device, OSError for a failed download.
+    `download` puts them if absent. Raises FileNotFoundError for absent data, ValueError for damaged data, too
+    few images or an absent device, OSError for a failed download.
 
     >>> load("digits", size=16).train.images.shape
     torch.Size([1438, 16, 16, 3])
@@ -88,9 +88,20 @@ def load(
     if download and available(root).get(str(name), True) is not True:
         _download(str(name), root)
     if name == "digits":
-        train, test, classes = _digits(size or 32)
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        gray = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)  # (1797, 8, 8)
+        images = _resize(gray[..., None].expand(-1, -1, -1, 3), size or 32)  # (1797, size, size, 3)
+        train, test = _split(images, torch.from_numpy(digits.target))
+        classes = tuple("0123456789")
     elif name == "cifar10":
-        train, test, classes = _cifar10(root, size or 32)
+        from torchvision.datasets import CIFAR10
+
+        _find("cifar10", root)  # before a file is unpickled
+        sets = [CIFAR10(root, train=True), CIFAR10(root, train=False)]
+        parts = [(_resize(torch.from_numpy(s.data), size or 32), torch.tensor(s.targets)) for s in sets]
+        train, test, classes = Split(*parts[0]), Split(*parts[1]), tuple(sets[0].classes)
     else:
         folder = _find("imagenette", root) if name == "imagenette" else Path(name).expanduser()
         train, test, classes = _folder(folder, size or 128)
@@ -110,61 +121,43 @@ def available(root: str | Path = "data") -> dict[str, bool | str]:
 
 
 def _find(name: str, root: Path) -> Path:
-    """The folder of "cifar10", the md5 of each of its files checked, or of "imagenette"."""
-    from torchvision.datasets import CIFAR10  # here, because its import takes seconds
-
-    folder = next((root / f for f in FOLDERS[name] if (root / f).is_dir()), root / FOLDERS[name][0])
-    md5 = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
-    contents = ["train", "val"] if name == "imagenette" else [*md5]
-    if missing := [file for file in contents if not (folder / file).exists()]:
+    """The folder of "imagenette", or of "cifar10" with the md5 of each file checked."""
+    folder = next((root / f for f in FOLDERS[name] if (root / f).is_dir()), None)
+    if folder is None:
         raise FileNotFoundError(
-            f"no {name} in the folder {str(root)!r}, which should hold {' or '.join(FOLDERS[name])} with "
-            f"{', '.join(contents)} (missing: {', '.join(missing)}). Three ways out: download it with "
-            f'load("{name}", download=True) or `python -m sppkit data {name} --download`; give the folder '
-            'that holds it as root=...; or use "digits", which needs no files'
+            f"no {name} in the folder {str(root)!r}, which should hold {' or '.join(FOLDERS[name])}. Three "
+            f'ways out: load("{name}", download=True) or `python -m sppkit data {name} --download`; root=... '
+            'for the folder that holds it; "digits", which needs no files'
         )
-    for path in (folder / file for file in contents if name == "cifar10"):
-        data = path.read_bytes()
-        if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5[path.name]:
-            found = f"{str(path)!r} is damaged: its {len(data)} bytes do not have the md5 {md5[path.name]}"
-            raise ValueError(f'{found}; call load("cifar10", download=True) or copy the file again')
+    if name == "cifar10":
+        from torchvision.datasets import CIFAR10  # here, because its import takes seconds
+
+        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
+        for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+            data = (folder / file).read_bytes() if (folder / file).exists() else b""
+            if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+                found = f"{str(folder / file)!r} is missing or damaged: {len(data)} bytes, not of md5 {md5}"
+                raise ValueError(f'{found}; call load("cifar10", download=True) or copy it again')
     return folder
 
 
 def _download(name: str, root: Path) -> None:
-    from torchvision import datasets
+    from torchvision.datasets import CIFAR10, Imagenette
 
     try:
         if name == "cifar10":
-            datasets.CIFAR10(root, download=True)
+            CIFAR10(root, download=True)
         else:
-            datasets.Imagenette(root, "train", "160px", download=True)
+            Imagenette(root, size="160px", download=True)
     except Exception as error:  # torchvision lets through what the network, the archive and the disk raise
-        ways = 'check the network and that the folder can be written to, give another as root=..., or use "digits"'
+        ways = 'check that there is a network and a writable folder, or give root=..., or use "digits"'
         raise OSError(f"cannot download {name} into the folder {str(root)!r} ({error}): {ways}") from error
-
-
-def _digits(size: int) -> tuple[Split, Split, tuple[str, ...]]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    gray = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)  # (1797, 8, 8)
-    images = _resize(gray[..., None].expand(-1, -1, -1, 3), size)  # (1797, size, size, 3)
-    return _split(images, torch.from_numpy(digits.target), tuple("0123456789"))
-
-
-def _cifar10(root: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
-    from torchvision.datasets import CIFAR10
-
-    _find("cifar10", root)  # before torchvision unpickles a file
-    sets = CIFAR10(root, train=True), CIFAR10(root, train=False)
-    train, test = (Split(_resize(torch.from_numpy(s.data), size), torch.tensor(s.targets)) for s in sets)
-    return train, test, tuple(sets[0].classes)
 
 
 def _folder(folder: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
     if not (folder / "train").is_dir():
-        return _split(*_read(folder, size, least=2))
+        images, labels, classes = _read(folder, size, least=2)
+        return *_split(images, labels), classes
     held_out = folder / ("val" if (folder / "val").is_dir() else "test")
     *train, classes = _read(folder / "train", size)
     *test, test_classes = _read(held_out, size)
@@ -176,9 +169,8 @@ def _folder(folder: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
 def _read(folder: Path, size: int, *, least: int = 1) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """images (N, size, size, 3), labels (N,) and class names; every class must have `least` images."""
     if not folder.is_dir():
-        ways = "a folder of images holds train/ and val/ (or test/), or class folders; or"
-        named = 'name "digits", "cifar10" or "imagenette"'
-        raise FileNotFoundError(f"there is no folder {str(folder.absolute())!r}; {ways} {named}")
+        ways = 'it should hold train/ and val/ (or test/), or class folders; or use "digits" or "cifar10"'
+        raise FileNotFoundError(f"there is no folder {str(folder.absolute())!r}; {ways}")
     classes = sorted(path.name for path in folder.glob("[!.]*/"))
     members = [[p for p in (folder / c).rglob("[!.]*") if p.suffix.lower() in SUFFIXES] for c in classes]
     few = {name: len(paths) for name, paths in zip(classes, members, strict=True) if len(paths) < least}
@@ -203,9 +195,7 @@ def _decode(path: Path, size: int) -> np.ndarray:
             rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
         return np.asarray(ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # Pillow's decoders raise many kinds of exception on a damaged file
-        raise ValueError(
-            f"cannot read the image {str(path)!r} ({error}); replace it or take it out"
-        ) from error
+        raise ValueError(f"cannot read the image {str(path)!r} ({error}); replace or remove it") from error
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -217,12 +207,12 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return torch.cat(chunks).permute(0, 2, 3, 1).contiguous()  # (N, size, size, 3)
 
 
-def _split(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> tuple[Split, Split, tuple[str, ...]]:
+def _split(images: Tensor, labels: Tensor) -> tuple[Split, Split]:
     """A fixed split, the same on every machine: of each class a fifth, and at least one, goes to the test."""
     generator = torch.Generator().manual_seed(0)
     test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(classes)):
+    for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]  # (members,)
         order = torch.randperm(len(members), generator=generator)
         test[members[order[: max(1, round(len(members) / 5))]]] = True
-    return Split(images[~test], labels[~test]), Split(images[test], labels[test]), classes
+    return Split(images[~test], labels[~test]), Split(images[test], labels[test])

@@ -1,7 +1,4 @@
-"""Files of tensors and text that are never half written and never a pickle.
-
-A file of tensors is in the safetensors format, its metadata one JSON object: `{"schema": 1, "kind": ...}`.
-"""
+"""Files that are never half written and never a pickle: tensors with a description, and text."""
 
 from __future__ import annotations
 
@@ -13,10 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as format_safetensors
 from torch import Tensor, nn
 
 SCHEMA = 1
@@ -29,37 +24,31 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], description: dict[str,
     # Cloned, because safetensors refuses tensors that share memory, as tied weights and views do.
     own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     text = json.dumps({**description, "schema": SCHEMA})
-    write_bytes(path, format_safetensors(own, metadata={"sppkit": text}))
+    write_bytes(path, safetensors.torch.save(own, metadata={"sppkit": text}))
 
 
 def load(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the description of a file that `save` wrote.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged, of another format (a pickle is refused
-    unread), of another kind, or written by a newer sppkit.
+    Raises FileNotFoundError, or ValueError if it is damaged, of another format (a pickle, say) or kind.
     """
-    quoted = repr(str(path))
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"there is no file {quoted}; give the path of a saved {kind}, or make it first"
-        )
-    data = Path(path).read_bytes()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of a saved {kind}")
+    data = path.read_bytes()
     if data[8:9] not in (b"{", b""):  # eight bytes of header length, then the header, a JSON object
-        raise ValueError(f"{quoted} is not a safetensors file (a pickle is never read: it can run code)")
+        raise ValueError(f"{str(path)!r} is not a safetensors file; a pickle is never read: convert it")
     try:
-        tensors = dict(sorted(parse_safetensors(data).items()))  # it gives them in any order
+        tensors = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in any order
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        description = json.loads(header.get("__metadata__", {}).get("sppkit", "{}"))
-    except (SafetensorError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-        size = f"{len(data)} bytes"
-        raise ValueError(f"{quoted} is cut short or damaged ({size}: {error}); make it again") from error
-    schema = description.get("schema") if isinstance(description, dict) else None
-    if not isinstance(schema, int):
-        raise ValueError(f"{quoted} was not written by sppkit; save its tensors with sppkit.state.save")
-    if schema > SCHEMA:
-        raise ValueError(f"{quoted} has schema {schema}, newer than {SCHEMA}; install a newer sppkit")
-    if description.get("kind") != kind:
-        raise ValueError(f"{quoted} is of kind {description.get('kind')!r}; give a file of kind {kind!r}")
+        description = dict(json.loads(header.get("__metadata__", {}).get("sppkit", "{}")))
+    except Exception as error:  # the parsers raise many kinds of exception on a damaged header
+        found = f"{str(path)!r} is cut short or damaged ({len(data)} bytes: {error})"
+        raise ValueError(f"{found}; delete it and make it again") from error
+    wrong = description.get("kind"), description.get("schema")
+    if wrong != (kind, SCHEMA):
+        found = f"{str(path)!r} is of kind {wrong[0]!r} and schema {wrong[1]!r}, not {kind!r} and {SCHEMA}"
+        raise ValueError(f"{found}; give another file, or install the sppkit that wrote it")
     return tensors, description
 
 
@@ -113,17 +102,15 @@ def save_network(network: nn.Module, path: str | Path, /, **description: Any) ->
 def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load a state dict into `network`, in place, and return the description.
 
-    Raises what `load` raises, and ValueError, changing nothing, if names or shapes are not those of `network`.
+    Raises what `load` raises, and ValueError for names or shapes of another network, changing nothing.
     """
     tensors, description = load(path, kind="network")
-    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    ours = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    theirs, ours = ({k: tuple(t.shape) for k, t in d.items()} for d in (tensors, network.state_dict()))
     if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
-        name, (there, here) = different[0], (shapes.get(different[0], "absent") for shapes in (theirs, ours))
-        raise ValueError(
-            f"{str(path)!r} is of another network: {name!r} is {there} in the file and {here} in the network "
-            f"({len(different)} names differ); build the network of the file's description, {description}"
-        )
+        name = different[0]
+        shapes = f"{theirs.get(name, 'absent')} in the file and {ours.get(name, 'absent')} in the network"
+        found = f"{str(path)!r} is of another network: {name!r} is {shapes} ({len(different)} names differ)"
+        raise ValueError(f"{found}; build the network of the file's description, {description}")
     network.load_state_dict(tensors)
     return description
 

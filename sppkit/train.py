@@ -38,7 +38,7 @@ class Training:
 
     schedule: "step" multiplies lr by gamma at each milestone, "cosine" goes to 0 over `steps`, "constant" stays.
     precision: "float32", "tf32" (convolutions on a GPU) or "bf16" (autocast on a GPU).
-    normalise: "channel" or "mean_image" (see `sppkit.data.Normalise`); crop_padding in pixels.
+    normalise: "channel" or "mean_image" (see `sppkit.batches.Normalise`); crop_padding in pixels.
     """
 
     steps: int

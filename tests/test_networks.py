@@ -11,7 +11,7 @@ from sppkit import networks
 from sppkit.cost import conv_table
 from sppkit.networks import WithinChannelLRN, create
 
-# Convolution MACs and weights of the dense networks at 32 pixels; the last digit of a rounded figure is its tolerance.
+# Convolution MACs, the rounding of that figure, and weights of the dense networks at 32 pixels.
 COUNTS = {
     "convnet": (12.29e6, 0.005e6, 79_200),
     "resnet20": (40.550e6, 0.5e3, 267_696),

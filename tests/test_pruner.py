@@ -77,9 +77,9 @@ class Reference:
     def update(self) -> None:
         for name, p in self.p.items():
             weight = self.w[f"{name}.weight"]
-            O, C, kh, kw = weight.shape
+            filters, C, kh, kw = weight.shape
             columns = [(c, i, j) for c in range(C) for i in range(kh) for j in range(kw)]
-            norms = [sum(abs(float(weight[o, c, i, j])) for o in range(O)) for c, i, j in columns]
+            norms = [sum(abs(float(weight[o, c, i, j])) for o in range(filters)) for c, i, j in columns]
             alive = [k for k in np.argsort(norms, kind="stable") if p[k] < 1]
             remaining = TARGETS[name] - (len(p) - len(alive))
             if remaining == 0:
@@ -186,7 +186,7 @@ def test_a_masked_group_gets_no_gradient_and_keeps_its_value_but_decays() -> Non
 
 
 def test_biases_and_other_layers_are_never_masked() -> None:
-    network, pruner, optimizer = set_up()
+    network, pruner, _ = set_up()
     pruner.probability.fill_(1.0)
     names = ["one.bias", "free.weight", "free.bias", "linear.weight", "linear.bias"]
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
@@ -391,7 +391,7 @@ def test_weights_that_become_nan_stop_the_update_and_name_the_layer() -> None:
 
 
 def test_the_importance_is_of_unmasked_weights() -> None:
-    network, pruner, optimizer = set_up()
+    network, pruner, _ = set_up()
     pruner.probability[:] = 0.5
     expected = spp.update(pruner.probability[:27].clone(), spp.column_importance(network.one.weight), 14)
     pruner.before()
