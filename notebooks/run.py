@@ -102,9 +102,7 @@ def overrides(notebook: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
     known = defaults(parameters_cell(notebook))
     for name, value in parameters.items():
         if name not in known:
-            raise ValueError(
-                f"parameter {name}={value!r} is not assigned in the parameters cell, which has {[*known]}"
-            )
+            raise ValueError(f"parameter {name}={value!r} is not assigned in the parameters cell, which has {[*known]}")
     return {name: value for name, value in parameters.items() if known[name] != value}
 
 
@@ -169,9 +167,7 @@ def _shown(output: Any) -> str:
     """An output's text, without the bytes of pictures."""
     data = output.get("data", {})
     shown = [content for kind, content in data.items() if not re.match(r"image/(?!svg)", kind)]
-    return "\n".join(
-        [output.get("text", ""), *(each if isinstance(each, str) else json.dumps(each) for each in shown)]
-    )
+    return "\n".join([output.get("text", ""), *(each if isinstance(each, str) else json.dumps(each) for each in shown)])
 
 
 # --- one notebook
@@ -234,9 +230,7 @@ def kernel_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def run(
-    source: Path, *, parameters: Mapping[str, Any], out: Path, limits: Limits, force: bool, root: Path
-) -> Result:
+def run(source: Path, *, parameters: Mapping[str, Any], out: Path, limits: Limits, force: bool, root: Path) -> Result:
     """Runs one notebook into `out`, unless its last good run there had the same key."""
     copy, record = out / source.name, out / f"{source.stem}.json"
     try:
@@ -276,12 +270,7 @@ def cleaned(notebook: Any, *, profile: str, source: str, seconds: float) -> Any:
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
-            "sppkit": {
-                "profile": profile,
-                "code_hash": code_hash(notebook),
-                "source_hash": source,
-                "seconds": seconds,
-            },
+            "sppkit": {"profile": profile, "code_hash": code_hash(notebook), "source_hash": source, "seconds": seconds},
         }
     )
     return notebook
@@ -364,9 +353,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("numbers", nargs="*", metavar="NN", help="two digits each; none: every notebook")
     parser.add_argument("--profile", choices=sorted(LIMITS), default="quick")
-    parser.add_argument(
-        "--out", type=Path, help="executed copies (build/notebooks, paper: build/notebooks-paper)"
-    )
+    parser.add_argument("--out", type=Path, help="executed copies (build/notebooks, paper: build/notebooks-paper)")
     parser.add_argument("--in-place", action="store_true", help="write outputs back into changed notebooks")
     parser.add_argument("--force", action="store_true", help="run what is unchanged too")
     parser.add_argument("--cell-timeout", type=int, metavar="SECONDS", help="60 (quick), 3600 (paper)")
@@ -383,9 +370,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     given = arguments(argv)
     limits = LIMITS[given.profile]
     limits = Limits(given.cell_timeout or limits.cell, limits.slow, limits.total)
-    out = (
-        given.out or root / "build" / ("notebooks" if given.profile == "quick" else "notebooks-paper")
-    ).resolve()
+    out = (given.out or root / "build" / ("notebooks" if given.profile == "quick" else "notebooks-paper")).resolve()
     parameters = {"profile": given.profile, **{name: literal(value) for name, value in given.pairs}}
     try:
         sources = find(root / "notebooks", given.numbers)

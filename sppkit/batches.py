@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sppkit.data import Split
 
@@ -39,9 +40,9 @@ class Normalise:
 class Batches:
     """Batches with a random crop and mirror, made to be captured in a CUDA graph.
 
-    An epoch follows from (seed, epoch) alone and is the same on every device; crop and mirror belong to the
-    sample, not to its place in a batch. Samples left over, fewer than a batch, sit the epoch out. All tensors
-    stay where they are: `start_epoch` and `select` copy into them, `batch` only computes on the device.
+    An epoch follows from (seed, epoch) alone and is the same on every device; crop and mirror belong to the sample, not
+    to its place in a batch. Samples left over, fewer than a batch, sit the epoch out. All tensors stay where they are:
+    `start_epoch` and `select` copy into them, `batch` only computes on the device.
     """
 
     split: Split
@@ -49,18 +50,20 @@ class Batches:
     batch_size: int
     seed: int
     normalise: Normalise
-    crop_padding: int = 0  # pixels of `pad_value` (raw, 0..255) added on each side before the crop
+    crop_padding: int = 0  # black pixels added on each side before the crop
     flip: bool = False
-    pad_value: int = 0
 
     def __post_init__(self) -> None:
         (count, height, width, _), device = self.split.images.shape, self.split.images.device
         if not 1 <= self.batch_size <= count:
             raise ValueError(f"batch_size={self.batch_size} must lie in 1..{count}, the number of samples")
-        if self.crop_padding < 0 or not 0 <= self.pad_value <= 255:
-            found = f"crop_padding={self.crop_padding}, pad_value={self.pad_value}"
-            raise ValueError(f"{found}: the padding must be 0 or more, its value in 0..255")
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding={self.crop_padding} must be 0 or more pixels")
         self.steps_per_epoch = count // self.batch_size
+        self.augments = self.flip or self.crop_padding > 0
+        self.padded = (
+            F.pad(self.split.images, (0, 0, *[self.crop_padding] * 4)) if self.crop_padding else self.split.images
+        )
         self.rows, self.cols = torch.arange(height, device=device), torch.arange(width, device=device)
         self.order = torch.arange(count, device=device)
         self.offsets = torch.zeros(count, 2, dtype=torch.int64, device=device)  # of a crop: row, column
@@ -86,13 +89,12 @@ class Batches:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) float32, normalised, and y (B,) of the selected samples, on the device."""
-        top, left = (self.offsets[self.index] - self.crop_padding).split(1, 1)  # (B, 1) each
+        if not self.augments:
+            return self.normalise(self.split.images.index_select(0, self.index)), self.split.labels[self.index]
+        top, left = self.offsets[self.index].split(1, 1)  # (B, 1) each
         cols = torch.where(self.flips[self.index, None], self.cols.flip(0), self.cols)  # (B, W)
-        rows, cols = self.rows + top, cols + left  # (B, H), (B, W): outside the image lies the padding
-        near_rows, near_cols = rows.clamp(0, len(self.rows) - 1), cols.clamp(0, len(self.cols) - 1)
-        x = self.split.images[self.index[:, None, None], near_rows[:, :, None], near_cols[:, None, :]]
-        padding = (rows != near_rows)[:, :, None] | (cols != near_cols)[:, None, :]  # (B, H, W)
-        x = x.masked_fill(padding[..., None], self.pad_value)  # (B, H, W, 3)
+        rows, cols = self.rows + top, cols + left  # (B, H), (B, W)
+        x = self.padded[self.index[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, 3)
         return self.normalise(x), self.split.labels[self.index]
 
 

@@ -1,11 +1,11 @@
 """What a network costs: multiply-accumulates, weights and bytes by formula, milliseconds by the clock.
 
-"FLOP ratio" is always convolution MACs of the dense network over those of the compact one, a theoretical figure;
-"speedup" is a ratio of measured times of networks that are physically smaller.
+"FLOP ratio" is theoretical: convolution MACs, dense over compact; "speedup" is a ratio of measured times.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 
@@ -22,36 +22,23 @@ def layer_table(network: nn.Module, example: Tensor) -> pd.DataFrame:
     Columns: layer, kind ("conv" or "linear"), macs, weights (biases not counted), groups (columns N_c of the
     convolution's GEMM matrix), in_channels, out_channels, height, width (of the output).
     """
-    rows: list[dict[str, object]] = []
+    rows: list[tuple[str | int, ...]] = []
+    probe = copy.deepcopy(network).eval()
+    names = {module: name for name, module in probe.named_modules()}
 
-    def record(name: str, module: nn.Module, output: Tensor) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        positions = output[0, 0].numel() if isinstance(module, nn.Conv2d | ColumnConv2d) else 1
-        row = {"layer": name, "kind": "linear" if isinstance(module, nn.Linear) else "conv"}
-        sizes = {"macs": weight.numel() * positions, "weights": weight.numel(), "groups": weight[0].numel()}
-        ends = {
-            "in_channels": getattr(module, "in_channels", weight.shape[-1]),
-            "out_channels": weight.shape[0],
-        }
-        height, width = (output.shape[2], output.shape[3]) if output.dim() == 4 else (1, 1)
-        rows.append(row | sizes | ends | {"height": height, "width": width})
+    def record(module: nn.Module, _: object, output: Tensor) -> None:
+        if not isinstance(module, nn.Conv2d | nn.Linear | ColumnConv2d):
+            return
+        weight, linear = module.weight, isinstance(module, nn.Linear)
+        height, width = (1, 1) if linear else output.shape[2:]
+        inputs = getattr(module, "in_channels", weight.shape[-1])
+        sizes = (weight.numel() * height * width, weight.numel(), weight[0].numel(), inputs, len(weight))
+        rows.append((names[module], "linear" if linear else "conv", *sizes, height, width))
 
-    kinds = (nn.Conv2d, nn.Linear, ColumnConv2d)
-    handles = [
-        module.register_forward_hook(lambda m, _, out, name=name: record(name, m, out))
-        for name, module in network.named_modules()
-        if isinstance(module, kinds)
-    ]
-    training = network.training
-    try:
-        with torch.inference_mode():
-            network.eval()(example[:1])
-    finally:
-        network.train(training)
-        for handle in handles:
-            handle.remove()
-    return pd.DataFrame(rows)
+    with torch.inference_mode(), nn.modules.module.register_module_forward_hook(record):
+        probe(example[:1])
+    columns = ["layer", "kind", "macs", "weights", "groups", "in_channels", "out_channels", "height", "width"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def conv_table(network: nn.Module, example: Tensor) -> pd.DataFrame:
@@ -84,26 +71,12 @@ def measure(networks: Mapping[str, nn.Module], example: Tensor, *, rounds: int =
     Returns one row a network: median_ms, iqr_ms (interquartile range), batch, rounds, threads, device. CUDA events
     time the GPU, a monotonic clock the CPU. Run the same network under two names to see the noise.
     """
-    times: dict[str, list[float]] = {name: [] for name in networks}
+    probes = {name: copy.deepcopy(network).eval() for name, network in networks.items()}
     with torch.inference_mode():
-        for network in networks.values():
-            network.eval()
-        for turn in range(rounds + 3):
-            for name, network in networks.items():
-                elapsed = _once(network, example)
-                if turn >= 3:  # the first three rounds warm caches, allocator and algorithm choice
-                    times[name].append(elapsed)
-    frame = pd.DataFrame(times).quantile([0.25, 0.5, 0.75])
-    return pd.DataFrame(
-        {
-            "median_ms": frame.loc[0.5],
-            "iqr_ms": frame.loc[0.75] - frame.loc[0.25],
-            "batch": len(example),
-            "rounds": rounds,
-            "threads": torch.get_num_threads(),
-            "device": str(example.device),
-        }
-    )
+        times = [{name: _once(probe, example) for name, probe in probes.items()} for _ in range(rounds + 3)]
+    low, median, high = pd.DataFrame(times[3:]).quantile([0.25, 0.5, 0.75]).iloc  # three rounds warm up
+    table = pd.DataFrame({"median_ms": median, "iqr_ms": high - low}).assign(batch=len(example), rounds=rounds)
+    return table.assign(threads=torch.get_num_threads(), device=str(example.device))
 
 
 def _once(network: nn.Module, example: Tensor) -> float:

@@ -1,16 +1,14 @@
 """Channel Pruning of a chain of convolutions, layer by layer: sample, LASSO selection, least squares.
 
-Inputs X come from the network pruned so far, targets Y from the original (arXiv 1707.06168, section 3.2), at
-the same positions of the same images, so a layer also mends what the layers before it lost. The result is
-masked: exact zeros for the input channels that a convolution no longer reads. `compact.compact` takes them
-out.
+Inputs X come from the network pruned so far, targets Y from the original (arXiv 1707.06168, section 3.2), so a layer
+also mends what those before it lost. The result is masked: exact zeros for the input channels that a convolution no
+longer reads. `compact.compact` takes them out.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 import torch
@@ -19,19 +17,18 @@ from torch.nn import functional as F
 
 from sppkit.compact import channel_links
 from sppkit.cost import conv_table
-from sppkit.lasso import Selection, independent, select
+from sppkit.lasso import select
 from sppkit.reconstruct import Moments, error, lasso_problem, refit
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the layer that was waited for."""
+    """Ends a forward pass at the layer that was waited for; its arguments are the layer's input and output."""
 
 
 def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor:
     """X (B * points, c * kh * kw): what `conv` multiplies its weight with at output `positions` (B, points).
 
-    A position is row * output width + column. Only the sampled patches are gathered, with the convolution's
-    padding, stride and dilation.
+    A position is row * output width + column. Only these patches are gathered: padding, stride, dilation as in `conv`.
 
     >>> conv = nn.Conv2d(1, 1, 3, padding=1)
     >>> sample_patches(torch.ones(1, 1, 4, 4), conv, torch.tensor([[0]])).tolist()
@@ -39,23 +36,49 @@ def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor
     """
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
-    (kh, kw), (dh, dw), (sh, sw) = conv.kernel_size, conv.dilation, conv.stride
+    (kh, kw), (dh, dw), (sh, sw), at = conv.kernel_size, conv.dilation, conv.stride, positions[:, :, None, None]
     width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1  # of the output
-    across = torch.arange(kh, device=inputs.device) * dh, torch.arange(kw, device=inputs.device) * dw
-    rows = (positions // width * sh)[:, :, None, None] + across[0][:, None]  # (B, points, kh, 1)
-    columns = (positions % width * sw)[:, :, None, None] + across[1]  # (B, points, 1, kw)
-    image = torch.arange(len(inputs), device=inputs.device)[:, None, None, None]
+    rows = at // width * sh + dh * torch.arange(kh, device=at.device)[:, None]  # (B, points, kh, 1)
+    columns = at % width * sw + dw * torch.arange(kw, device=at.device)  # (B, points, 1, kw)
+    image = torch.arange(len(inputs), device=at.device)[:, None, None, None]
     patches = padded.permute(0, 2, 3, 1)[image, rows, columns]  # (B, points, kh, kw, c)
     return patches.permute(0, 1, 4, 2, 3).flatten(2).flatten(0, 1)  # (B * points, c * kh * kw)
+
+
+@torch.no_grad()
+def sample_layer(
+    network: nn.Module,
+    layer: str,
+    images: Tensor,
+    *,
+    points: int = 10,
+    seed: int = 0,
+    original: nn.Module | None = None,
+    batch_size: int = 100,
+) -> tuple[Tensor, Tensor]:
+    """Patches X (N, c * kh * kw) and outputs Y (N, n) of one convolution, as `channel_prune` samples them.
+
+    X comes from `network`, Y from `original` (default: the same) before any activation: at `points` positions in each
+    of the prepared images (B, 3, H, W), or all there are, drawn without repetition from `seed`. Both run in evaluation
+    mode and stay as they are. Raises ValueError for a grouped layer or no convolution, misshapen or infinite images.
+
+    >>> X, Y = sample_layer(nn.Sequential(nn.Conv2d(3, 8, 5)), "0", torch.randn(2, 3, 9, 9), points=4)
+    >>> X.shape, Y.shape
+    (torch.Size([8, 75]), torch.Size([8, 8]))
+    """
+    network = copy.deepcopy(network).eval()
+    original = network if original is None else copy.deepcopy(original).eval()
+    chunks = _chunks(network, original, layer, images, points, seed, batch_size)
+    X, Y = map(torch.cat, zip(*chunks, strict=True))
+    return X, Y
 
 
 def widths(network: nn.Module, example: Tensor, flop_ratio: float) -> dict[str, int]:
     """Input channels to keep in each convolution that can lose some, for a FLOP ratio of the whole network.
 
-    One keep fraction for all: channels go one at a time, always from the layer with the largest fraction
-    left, until the convolution MACs of the dense over those of the compact network reach `flop_ratio`.
-    `example` is (B, C, H, W). Raises ValueError for a ratio of 1 or less, or one out of reach (saying how far
-    it can go).
+    One keep fraction for all: channels go one at a time from the layer with the largest fraction left, until the dense
+    over the compact convolutions' MACs reach `flop_ratio`. `example` is (B, C, H, W). Raises ValueError for a ratio of
+    1 or less, or one out of reach (saying how far it can go).
 
     >>> from sppkit import networks
     >>> widths(networks.create("convnet"), torch.zeros(1, 3, 32, 32), 2)
@@ -63,31 +86,25 @@ def widths(network: nn.Module, example: Tensor, flop_ratio: float) -> dict[str, 
     """
     if not flop_ratio > 1:
         raise ValueError(f"flop_ratio={flop_ratio} must be above 1, the dense network")
-    links = channel_links(network)
-    table = conv_table(network, example).set_index("layer")
+    links, table = channel_links(network), conv_table(network, example).set_index("layer")
     readers = {producer: consumer for consumer, producer in links.items()}
-    keep = {name: int(table.at[name, "in_channels"]) for name in links}
-    full = dict(keep)
-    dense = int(table["macs"].sum())
+    full, macs = {name: int(table["in_channels"][name]) for name in links}, table["macs"].to_dict()
+    keep = dict(full)
 
     def ratio() -> float:
         left = {name: keep[name] / full[name] for name in links}
-        left = {name: left.get(name, 1.0) * left.get(readers.get(name, ""), 1.0) for name in table.index}
-        return dense / sum(table["macs"] * pd.Series(left))
+        compact = (m * left.get(name, 1.0) * left.get(readers.get(name, ""), 1.0) for name, m in macs.items())
+        return sum(macs.values()) / sum(compact)
 
-    steps = [
-        (-k / full[name], place, name) for place, name in enumerate(links) for k in range(2, full[name] + 1)
-    ]
-    for *_, layer in sorted(steps):
+    steps = [(k / full[name], name) for name in links for k in range(2, full[name] + 1)]
+    for _, layer in sorted(steps, key=lambda step: -step[0]):
         keep[layer] -= 1
         if ratio() >= flop_ratio * (1 - 1e-12):
             return keep
-    raise ValueError(
-        f"flop_ratio={flop_ratio} is out of reach: one input channel left in each of "
-        f"{', '.join(links) or 'no layer'} gives {ratio():.2f}"
-    )
+    raise ValueError(f"flop_ratio={flop_ratio} is out of reach: 1 channel into each of {[*links]} gives {ratio():.2f}")
 
 
+@torch.no_grad()
 def channel_prune(
     network: nn.Module,
     images: Tensor,
@@ -100,114 +117,90 @@ def channel_prune(
 ) -> tuple[nn.Module, pd.DataFrame]:
     """A masked copy of `network` with pruned input channels, and what was done to each convolution.
 
-    `images` (B, 3, H, W) are prepared as the network takes them; `points` positions are sampled in each,
-    without repetition, or all there are. Widths come from `flop_ratio` (see `widths`) or from `keep`, layer
-    -> channels; a layer that keeps all is only refitted, and one with fewer linearly independent channels
-    than asked keeps those. A convolution without bias gets one. `network` itself is left as it was.
-
-    The table has one row a layer, in order: layer, channels, kept, error_before (kept channels, old weights),
-    error (after the refit), both relative to the variance of the output, alpha, violation. Raises ValueError
-    for a layer that cannot be pruned, widths out of range, and images, features or weights with NaN or
-    infinite values.
+    Samples, and errors about them, are those of `sample_layer`. Widths come from `flop_ratio` (see `widths`) or from
+    `keep`, layer -> channels. A layer that keeps all is only refitted; one with fewer live channels than asked keeps
+    those (the others are constant: the bias holds them). A convolution without bias gets one. The table has a row a
+    layer: error_before is with the kept channels and old weights, error after the refit, both relative to the variance
+    of the output; alpha and violation are of `lasso.select`. Raises ValueError for layers or widths not to be pruned.
     """
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images {tuple(images.shape)} must be (B, C, H, W) with at least one image")
-    if points < 1 or batch_size < 1:
-        raise ValueError(f"points={points} and batch_size={batch_size} must be at least 1")
     if (flop_ratio is None) == (keep is None):
         raise ValueError("give either flop_ratio or keep")
-    if not images.isfinite().all():
-        raise ValueError("images hold NaN or infinity; nothing was pruned")
     original, pruned = copy.deepcopy(network).eval(), copy.deepcopy(network).eval()
-    device = next(pruned.parameters()).device
-    example = images[:1].to(device)
     links = channel_links(original)  # a producer runs before the next: from input to output
-    wanted = dict(keep) if keep is not None else widths(original, example, flop_ratio or 0.0)
-    _check_widths(original, links, wanted)
-    generator = torch.Generator().manual_seed(seed)
+    example = images[:1].to(next(pruned.parameters()).device)
+    wanted = keep if keep is not None else widths(original, example, flop_ratio or 0.0)
+    for name, width in wanted.items():
+        if name not in links or not 1 <= width <= _convolution(original, name).in_channels:
+            allowed = {link: f"1..{_convolution(original, link).in_channels}" for link in links}
+            raise ValueError(f"keep={width} for layer {name!r}; the layers and widths that can be pruned: {allowed}")
     rows = []
-    with torch.no_grad():
-        for name in (name for name in links if name in wanted):
-            dense, conv = original.get_submodule(name), pruned.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
+    for name in (name for name in links if name in wanted):
+        try:
             moments = Moments()
-            try:
-                for batch in images.split(batch_size):
-                    batch = batch.to(device)
-                    output = _capture(original, dense, batch, output=True)
-                    positions = _positions(output, points, generator)
-                    inputs = _capture(pruned, conv, batch, output=False)
-                    Y = output.flatten(2).gather(
-                        2, positions[:, None].expand(-1, output.shape[1], -1)
-                    )  # (B, n, points)
-                    moments.add(sample_patches(inputs, conv, positions), Y.transpose(1, 2).flatten(0, 1))
-                rows.append({"layer": name} | _prune_layer(conv, moments, wanted[name]))
-            except ValueError as problem:
-                raise ValueError(f"layer {name!r}: {problem}") from problem
+            for chunk in _chunks(pruned, original, name, images, points, seed, batch_size):
+                moments.add(*chunk)
+            rows.append([name, *_prune_layer(_convolution(pruned, name), moments, wanted[name])])
+        except ValueError as problem:
+            raise ValueError(f"layer {name!r}: {problem}") from problem
     for module, like in zip(pruned.modules(), network.modules(), strict=True):
         module.training = like.training
     columns = ["layer", "channels", "kept", "error_before", "error", "alpha", "violation"]
     return pruned, pd.DataFrame(rows, columns=columns)
 
 
-def _prune_layer(conv: nn.Conv2d, moments: Moments, keep: int) -> dict[str, float]:
+def _prune_layer(conv: nn.Conv2d, moments: Moments, keep: int) -> tuple[float, ...]:
     """Select, refit and mask one convolution in place; its row of the table."""
-    c, bias = (
-        conv.in_channels,
-        conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels),
-    )
-    if keep == c:
-        found = Selection(torch.arange(c, device=bias.device), torch.ones(c), 0.0, 0.0)
-    else:
+    bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
+    kept, alpha, violation = torch.arange(conv.in_channels, device=bias.device), 0.0, 0.0
+    if keep < conv.in_channels:
         gram, correlation = lasso_problem(moments, conv.weight)
-        found = select(gram, correlation, max(1, min(keep, independent(gram))))
-    before = error(moments, conv.weight[:, found.kept], bias, found.kept)
-    fit = refit(moments, found.kept, (conv.kernel_size[0], conv.kernel_size[1]))
+        found = select(gram, correlation, min(keep, max(int((gram.diagonal() > 0).sum()), 1)))
+        kept, alpha, violation = found.kept, found.alpha, found.violation
+    before = error(moments, conv.weight[:, kept], bias, kept)
+    fit = refit(moments, kept, (conv.kernel_size[0], conv.kernel_size[1]))
     conv.weight.zero_()
-    conv.weight[:, found.kept] = fit.weight.to(conv.weight)
+    conv.weight[:, kept] = fit.weight.to(conv.weight)
     conv.bias = nn.Parameter(fit.bias.to(conv.weight))
-    widths = {"channels": c, "kept": len(found.kept)}
-    return widths | {
-        "error_before": before,
-        "error": fit.error,
-        "alpha": found.alpha,
-        "violation": found.violation,
-    }
+    return conv.in_channels, len(kept), before, fit.error, alpha, violation
 
 
-def _check_widths(network: nn.Module, links: Mapping[str, str], wanted: Mapping[str, int]) -> None:
-    modules = dict(network.named_modules())
-    for name, keep in wanted.items():
-        conv = modules.get(name)
-        if getattr(conv, "groups", 1) != 1:
-            raise ValueError(f"layer {name!r} is grouped: its input channels cannot be pruned, leave it out")
-        if name not in links or not isinstance(conv, nn.Conv2d):
-            names = ", ".join(links) or "none"
-            raise ValueError(f"layer {name!r} has no input channels to prune; those that have: {names}")
-        if not 1 <= keep <= conv.in_channels:
-            raise ValueError(f"keep={keep} of layer {name!r} must lie in 1..{conv.in_channels}")
+def _chunks(
+    network: nn.Module, original: nn.Module, layer: str, images: Tensor, points: int, seed: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """X and Y of `sample_layer`, batch by batch; the networks are in evaluation mode."""
+    if images.ndim != 4 or not len(images) or not images.isfinite().all() or points < 1:
+        raise ValueError(f"images {tuple(images.shape)} must be (B > 0, C, H, W), all finite, and points={points} > 0")
+    conv, generator = _convolution(network, layer), torch.Generator().manual_seed(seed)  # on the CPU: same positions
+    for batch in images.split(batch_size):
+        batch = batch.to(conv.weight.device)
+        inputs, output = _capture(network, conv, batch)
+        if original is not network:
+            _, output = _capture(original, _convolution(original, layer), batch)
+        drawn = torch.rand(len(output), output[0, 0].numel(), generator=generator)
+        positions = drawn.topk(min(points, drawn.shape[1])).indices.to(output.device)  # (B, points), distinct
+        image = torch.arange(len(output), device=output.device)[:, None]
+        Y = output.flatten(2).mT[image, positions].flatten(0, 1)  # (B * points, n)
+        yield sample_patches(inputs, conv, positions), Y
 
 
-def _positions(output: Tensor, points: int, generator: torch.Generator) -> Tensor:
-    """Distinct output positions of each image, (B, min(points, Ho * Wo)), drawn on the CPU."""
-    drawn = torch.rand(len(output), output[0, 0].numel(), generator=generator)
-    return drawn.topk(min(points, drawn.shape[1])).indices.to(output.device)
+def _capture(network: nn.Module, layer: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's input and its own output when `batch` goes in; the layers after it are not run."""
 
+    def reached(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        raise _Reached(arguments[0], output)
 
-def _capture(network: nn.Module, layer: nn.Module, batch: Tensor, *, output: bool) -> Tensor:
-    """The layer's input, or its own output, when `batch` goes in; the layers after it are not run."""
-    caught: list[Tensor] = []
-
-    def keep(*values: Any) -> None:
-        caught.append(values[2] if output else values[1][0])
-        raise _Reached
-
-    hook: Callable[..., Any] = layer.register_forward_hook if output else layer.register_forward_pre_hook
-    handle = hook(keep)
+    handle = layer.register_forward_hook(reached)
     try:
         network(batch)
-    except _Reached:
-        pass
+    except _Reached as caught:
+        return caught.args[0], caught.args[1]
     finally:
         handle.remove()
-    return caught[0]
+    raise ValueError("the network never runs this layer")
+
+
+def _convolution(network: nn.Module, name: str) -> nn.Conv2d:
+    found = {key: m for key, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
+    if name not in found:
+        raise ValueError(f"layer {name!r} is grouped or no convolution; choose one of {', '.join(found) or 'none'}")
+    return found[name]

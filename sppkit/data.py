@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+from torch.types import Device
+from torchvision.datasets import CIFAR10, Imagenette
 
 FOLDERS = {
     "cifar10": ("cifar-10-batches-py",),
     "imagenette": ("imagenette2-160", "imagenette2-320", "imagenette2", "imagenette-128"),
 }
+DOWNLOADS = {"cifar10": CIFAR10, "imagenette": partial(Imagenette, size="160px")}
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PathLike = str | Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +33,9 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        n, h_w = len(self.labels), self.images.shape[1:3]
-        types = self.images.dtype, self.labels.dtype
-        if not n or self.images.shape != (n, *h_w, 3) or types != (torch.uint8, torch.int64):
-            found = f"{tuple(self.images.shape)}, {tuple(self.labels.shape)} of {types}"
-            raise ValueError(
-                f"images and labels are {found}; give (N, H, W, 3) torch.uint8, (N,) torch.int64"
-            )
+        n, found = len(self.labels), [(*t.shape, t.dtype) for t in (self.images, self.labels)]
+        if not n or found != [(n, *self.images.shape[1:3], 3, torch.uint8), (n, torch.int64)]:
+            raise ValueError(f"images and labels are {found}; give (N, H, W, 3) torch.uint8, (N,) torch.int64")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,7 +53,7 @@ class ImageData:
         return self.train.images.shape[1]
 
 
-def resolve_device(name: str | torch.device) -> torch.device:
+def resolve_device(name: Device) -> torch.device:
     """The device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; ValueError if it is absent."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = ["cpu", *(f"cuda:{i}" for i in range(count))]
@@ -64,20 +65,14 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def load(
-    name: str | Path,
-    *,
-    root: str | Path = "data",
-    size: int | None = None,
-    device: str | torch.device = "cpu",
-    download: bool = False,
+    name: PathLike, *, root: PathLike = "data", size: int | None = None, device: Device = "cpu", download: bool = False
 ) -> ImageData:
     """Load "digits", "cifar10" or "imagenette", or the folder of images at the path `name`.
 
-    A folder holds train/ and val/ (or test/), each with a folder for each class; or the class folders alone,
-    of which a fixed, stratified fifth becomes the test split. `size` is the side in pixels (32 for digits and
-    cifar10, else 128): photographs are cropped to their centre. cifar10 and imagenette lie in `root`, where
-    `download` puts them if absent. Raises FileNotFoundError for absent data, ValueError for damaged data, too
-    few images or an absent device, OSError for a failed download.
+    A folder holds train/ and val/ (or test/), each with class folders; or class folders alone, and a fixed, stratified
+    fifth is the test split. `size` is the side in pixels (32 for digits and cifar10, else 128): photographs keep their
+    centre. cifar10 and imagenette lie in `root`, where `download` puts them if absent. Raises FileNotFoundError for
+    absent data, ValueError for damaged data, too few images or an absent device, OSError for a failed download.
 
     >>> load("digits", size=16).train.images.shape
     torch.Size([1438, 16, 16, 3])
@@ -86,22 +81,24 @@ def load(
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1 pixel, or None for the data set's own")
     if download and available(root).get(str(name), True) is not True:
-        _download(str(name), root)
+        try:
+            DOWNLOADS[str(name)](root, download=True)
+        except Exception as error:  # torchvision lets through what the network, the archive and the disk raise
+            ways = 'check that there is a network and a writable folder, or give root=..., or use "digits"'
+            raise OSError(f"cannot download {name} into the folder {str(root)!r} ({error}): {ways}") from error
     if name == "digits":
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # here, because its import takes seconds
 
         digits = load_digits()
-        gray = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)  # (1797, 8, 8)
+        gray = torch.from_numpy(digits.images * (255 / 16)).round().byte()  # (1797, 8, 8)
         images = _resize(gray[..., None].expand(-1, -1, -1, 3), size or 32)  # (1797, size, size, 3)
         train, test = _split(images, torch.from_numpy(digits.target))
         classes = tuple("0123456789")
     elif name == "cifar10":
-        from torchvision.datasets import CIFAR10
-
         _find("cifar10", root)  # before a file is unpickled
-        sets = [CIFAR10(root, train=True), CIFAR10(root, train=False)]
-        parts = [(_resize(torch.from_numpy(s.data), size or 32), torch.tensor(s.targets)) for s in sets]
-        train, test, classes = Split(*parts[0]), Split(*parts[1]), tuple(sets[0].classes)
+        sets = CIFAR10(root, train=True), CIFAR10(root, train=False)
+        train, test = (Split(_resize(torch.from_numpy(s.data), size or 32), torch.tensor(s.targets)) for s in sets)
+        classes = tuple(sets[0].classes)
     else:
         folder = _find("imagenette", root) if name == "imagenette" else Path(name).expanduser()
         train, test, classes = _folder(folder, size or 128)
@@ -109,7 +106,7 @@ def load(
     return ImageData(Path(name).name, train, test, classes)
 
 
-def available(root: str | Path = "data") -> dict[str, bool | str]:
+def available(root: PathLike = "data") -> dict[str, bool | str]:
     """For each named data set, True if `load` finds it under `root`, else what is wrong."""
     found: dict[str, bool | str] = {"digits": True}
     for name in FOLDERS:
@@ -125,13 +122,11 @@ def _find(name: str, root: Path) -> Path:
     folder = next((root / f for f in FOLDERS[name] if (root / f).is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no {name} in the folder {str(root)!r}, which should hold {' or '.join(FOLDERS[name])}. Three "
-            f'ways out: load("{name}", download=True) or `python -m sppkit data {name} --download`; root=... '
-            'for the folder that holds it; "digits", which needs no files'
+            f"no {name} in the folder {str(root)!r}, which should hold {' or '.join(FOLDERS[name])}. Three ways out: "
+            f'load("{name}", download=True) or `python -m sppkit data {name} --download`; root=... for the folder '
+            'that holds it; "digits", which needs no files'
         )
     if name == "cifar10":
-        from torchvision.datasets import CIFAR10  # here, because its import takes seconds
-
         meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
         for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
             data = (folder / file).read_bytes() if (folder / file).exists() else b""
@@ -139,19 +134,6 @@ def _find(name: str, root: Path) -> Path:
                 found = f"{str(folder / file)!r} is missing or damaged: {len(data)} bytes, not of md5 {md5}"
                 raise ValueError(f'{found}; call load("cifar10", download=True) or copy it again')
     return folder
-
-
-def _download(name: str, root: Path) -> None:
-    from torchvision.datasets import CIFAR10, Imagenette
-
-    try:
-        if name == "cifar10":
-            CIFAR10(root, download=True)
-        else:
-            Imagenette(root, size="160px", download=True)
-    except Exception as error:  # torchvision lets through what the network, the archive and the disk raise
-        ways = 'check that there is a network and a writable folder, or give root=..., or use "digits"'
-        raise OSError(f"cannot download {name} into the folder {str(root)!r} ({error}): {ways}") from error
 
 
 def _folder(folder: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
@@ -171,25 +153,26 @@ def _read(folder: Path, size: int, *, least: int = 1) -> tuple[Tensor, Tensor, t
     if not folder.is_dir():
         ways = 'it should hold train/ and val/ (or test/), or class folders; or use "digits" or "cifar10"'
         raise FileNotFoundError(f"there is no folder {str(folder.absolute())!r}; {ways}")
-    classes = sorted(path.name for path in folder.glob("[!.]*/"))
-    members = [[p for p in (folder / c).rglob("[!.]*") if p.suffix.lower() in SUFFIXES] for c in classes]
-    few = {name: len(paths) for name, paths in zip(classes, members, strict=True) if len(paths) < least}
-    if len(classes) < 2 or few:
-        found = f"{str(folder)!r} holds {len(classes)} class folders, of these with too few images: {few}"
+    folders = sorted(folder.glob("[!.]*/"))
+    members = {f.name: sorted(p for p in f.rglob("[!.]*") if p.suffix.lower() in SUFFIXES) for f in folders}
+    few = {name: len(paths) for name, paths in members.items() if len(paths) < least}
+    if len(members) < 2 or few:
+        found = f"{str(folder)!r} holds {len(members)} class folders, of these with too few images: {few}"
         raise ValueError(f"{found}; it needs two or more, each with {least} or more ({', '.join(SUFFIXES)})")
-    files = [(path, label) for label, paths in enumerate(members) for path in sorted(paths)]
+    files = [path for paths in members.values() for path in paths]
     images = np.empty((len(files), size, size, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for i, image in enumerate(pool.map(lambda file: _decode(file[0], size), files)):
+        for i, image in enumerate(pool.map(lambda path: _decode(path, size), files)):
             images[i] = image
-    return torch.from_numpy(images), torch.tensor([label for _, label in files]), tuple(classes)
+    counts = torch.tensor([len(paths) for paths in members.values()])
+    return torch.from_numpy(images), torch.arange(len(counts)).repeat_interleave(counts), tuple(members)
 
 
 def _decode(path: Path, size: int) -> np.ndarray:
     """(size, size, 3) uint8: the shorter side resized to `size`, the centre of the longer one kept."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
+            if image.mode[0] in "IF":  # a conversion would cut off what is above 255
                 raise ValueError(f"its mode {image.mode} has more than 8 bits a channel")
             # By way of RGBA, because a palette may hold transparency, which RGB cannot
             rgb = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
@@ -200,11 +183,11 @@ def _decode(path: Path, size: int) -> np.ndarray:
 
 def _resize(images: Tensor, size: int) -> Tensor:
     """(N, H, H, 3) uint8 -> (N, size, size, 3), bilinear, antialiased when it shrinks."""
-    chunks = []
-    for chunk in images.permute(0, 3, 1, 2).split(1000):  # (1000, 3, H, H): the whole is large in float32
-        x = F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=size < chunk.shape[2])
-        chunks.append(x.round().to(torch.uint8))
-    return torch.cat(chunks).permute(0, 2, 3, 1).contiguous()  # (N, size, size, 3)
+    antialias, chunks = size < images.shape[1], images.permute(0, 3, 1, 2).split(1000)  # the whole is large in float32
+    parts = [
+        F.interpolate(x.float(), (size, size), mode="bilinear", antialias=antialias).round().byte() for x in chunks
+    ]
+    return torch.cat(parts).permute(0, 2, 3, 1).contiguous()  # (N, size, size, 3)
 
 
 def _split(images: Tensor, labels: Tensor) -> tuple[Split, Split]:

@@ -1,16 +1,15 @@
-"""The networks of both papers, for 32-pixel images, and torchvision's for larger ones.
-
-`create(name)` makes each by name; convolution counts are held against the papers' tables in tests/test_networks.py.
-"""
+"""The networks of both papers, for 32-pixel images, and torchvision's for larger ones; `create(name)` makes each."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-VGG16_WIDTHS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
 
 class WithinChannelLRN(nn.Module):
@@ -19,13 +18,8 @@ class WithinChannelLRN(nn.Module):
     The mean counts the zero padding, as Caffe's does. Channels do not mix, so a channel can be removed.
     """
 
-    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta = size, alpha, beta
-
     def forward(self, x: Tensor) -> Tensor:
-        energy = F.avg_pool2d(x * x, self.size, stride=1, padding=self.size // 2)
-        return x * (1 + self.alpha * energy) ** -self.beta
+        return x * (1 + 5e-5 * F.avg_pool2d(x * x, 3, stride=1, padding=1)) ** -0.75  # alpha 5e-5, beta 0.75
 
 
 class ConvNet(nn.Module):
@@ -43,14 +37,9 @@ class ConvNet(nn.Module):
         self.pool2, self.pool3 = nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, ceil_mode=True)
         self.norm1, self.norm2 = WithinChannelLRN(), WithinChannelLRN()
         self.linear = nn.Linear(64 * 4 * 4, classes)
-        for layer, deviation in (
-            (self.conv1, 1e-4),
-            (self.conv2, 0.01),
-            (self.conv3, 0.01),
-            (self.linear, 0.01),
-        ):
-            nn.init.normal_(layer.weight, std=deviation)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            deviation = 1e-4 if name == "conv1.weight" else 0.01
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=deviation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(F.relu(self.pool1(self.conv1(x))))  # (B, 32, 16, 16)
@@ -61,34 +50,7 @@ class ConvNet(nn.Module):
     @property
     def multipliers(self) -> dict[str, tuple[float, float]]:
         """Per parameter: factors on the learning rate and on the weight decay, from the authors' prototxt."""
-        return {
-            "conv1.bias": (2.0, 1.0),
-            "conv2.bias": (2.0, 1.0),
-            "linear.weight": (1.0, 250.0),
-            "linear.bias": (2.0, 0.0),
-        }
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, CIFAR form)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if inputs != outputs and shortcut == "projection":
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-        elif inputs != outputs:
-            self.shortcut = PaddedShortcut(outputs - inputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        return {"conv1.bias": (2, 1), "conv2.bias": (2, 1), "linear.weight": (1, 250), "linear.bias": (2, 0)}
 
 
 class PaddedShortcut(nn.Module):
@@ -102,67 +64,66 @@ class PaddedShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
 
 
-class ResNet(nn.Module):
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, CIFAR form)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs and shortcut == "projection":
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        elif inputs != outputs:
+            self.shortcut = PaddedShortcut(outputs - inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def resnet(depth: int, *, classes: int = 10, shortcut: str = "A") -> nn.Sequential:
     """ResNet for 32-pixel images: one convolution, three stages of (depth - 2) / 6 blocks, widths 16, 32, 64."""
-
-    def __init__(self, depth: int, *, classes: int = 10, shortcut: str = "A") -> None:
-        super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth={depth} must be 6n + 2, such as 20 or 56")
-        if shortcut not in ("A", "projection"):
-            raise ValueError(f"shortcut={shortcut!r} must be 'A' or 'projection'")
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        blocks, inputs = [], 16
-        for stage, width in enumerate((16, 32, 64)):
-            for index in range((depth - 2) // 6):
-                blocks.append(Block(inputs, width, 2 if stage and not index else 1, shortcut))
-                inputs = width
-        self.blocks = nn.Sequential(*blocks)
-        self.linear = nn.Linear(64, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.bn1(self.conv1(x))))  # (B, 64, 8, 8)
-        return self.linear(x.mean((2, 3)))
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth={depth} must be 6n + 2, such as 20 or 56")
+    if shortcut not in ("A", "projection"):
+        raise ValueError(f"shortcut={shortcut!r} must be 'A' or 'projection'")
+    widths = [width for width in (16, 32, 64) for _ in range((depth - 2) // 6)]
+    blocks = [Block(n, width, width // n, shortcut) for n, width in pairwise([16, *widths])]
+    stem = {"conv1": nn.Conv2d(3, 16, 3, 1, 1, bias=False), "bn1": nn.BatchNorm2d(16), "relu": nn.ReLU()}
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "linear": nn.Linear(64, classes)}
+    return nn.Sequential(OrderedDict(stem | {"blocks": nn.Sequential(*blocks)} | head)).apply(_initialise)
 
 
-class VGG16(nn.Module):
+def vgg16(*, classes: int = 10, batch_norm: bool = True) -> nn.Sequential:
     """VGG-16 for 32-pixel images: 13 convolutions of 3x3, five poolings, one linear layer."""
-
-    def __init__(self, *, classes: int = 10, batch_norm: bool = True) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        inputs = 3
-        for width in VGG16_WIDTHS:
-            if isinstance(width, str):
-                layers.append(nn.MaxPool2d(2))
-                continue
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
             layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=not batch_norm))
-            layers += [nn.BatchNorm2d(width)] if batch_norm else []
-            layers.append(nn.ReLU())
+            layers += [nn.BatchNorm2d(width), nn.ReLU()] if batch_norm else [nn.ReLU()]
             inputs = width
-        self.features = nn.Sequential(*layers)
-        self.linear = nn.Linear(512, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.features(x).flatten(1))
+        layers.append(nn.MaxPool2d(2))
+    parts = {"features": nn.Sequential(*layers), "flatten": nn.Flatten(), "linear": nn.Linear(512, classes)}
+    return nn.Sequential(OrderedDict(parts)).apply(_initialise)
 
 
-NETWORKS = {
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "convnet": ConvNet,
-    "resnet20": lambda classes: ResNet(20, classes=classes),
-    "resnet20-projection": lambda classes: ResNet(20, classes=classes, shortcut="projection"),
-    "resnet56": lambda classes: ResNet(56, classes=classes),
-    "resnet56-projection": lambda classes: ResNet(56, classes=classes, shortcut="projection"),
-    "vgg16": lambda classes: VGG16(classes=classes, batch_norm=False),
-    "vgg16-bn": lambda classes: VGG16(classes=classes),
+    "resnet20": lambda classes: resnet(20, classes=classes),
+    "resnet20-projection": lambda classes: resnet(20, classes=classes, shortcut="projection"),
+    "resnet56": lambda classes: resnet(56, classes=classes),
+    "resnet56-projection": lambda classes: resnet(56, classes=classes, shortcut="projection"),
+    "vgg16": lambda classes: vgg16(classes=classes, batch_norm=False),
+    "vgg16-bn": lambda classes: vgg16(classes=classes),
     "torchvision/alexnet": lambda classes: torchvision.models.alexnet(num_classes=classes),
     "torchvision/vgg16": lambda classes: torchvision.models.vgg16(num_classes=classes),
     "torchvision/resnet50": lambda classes: torchvision.models.resnet50(num_classes=classes),
@@ -181,7 +142,8 @@ def create(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
         raise ValueError(f"classes={classes} must be at least 1")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
-        return NETWORKS[name](classes).to(memory_format=torch.channels_last)
+        network = NETWORKS[name](classes)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:

@@ -13,7 +13,6 @@ channel at one tap over all filters, is a weight group. Every group has a prunin
 
 This is the form of the authors' code: groups that are gone (p = 1) leave the ranking, and alpha comes from what
 remains of the target. Algorithm 1 of the paper keeps both fixed, which takes hundreds of times as many updates.
-`sppkit.pruner` applies these functions to a network in training.
 """
 
 from __future__ import annotations
@@ -28,14 +27,9 @@ from torch import Tensor
 def increment(rank: Tensor | float, remaining: int, *, A: float = 0.05, u: float = 0.25) -> Tensor:
     """Change of the pruning probability at one update, SPP eq. (3), with alpha = ln(2/u) / remaining.
 
-    Args:
-        rank: any shape, rank among the groups that are not yet pruned, 0 the least important.
-        remaining: groups that must still reach p = 1; the curve crosses zero at this rank.
-        A: the largest increment, given to rank 0.
-        u: the curve is point-symmetric about (N, u·A) with N = -ln(u) / alpha.
-
-    Returns float64 of the shape of `rank`: A at 0, u·A at N, 0 at `remaining`, negative beyond. Raises ValueError for
-    remaining < 1, A outside (0, 1] or u outside (0, 1).
+    rank, of any shape, counts among the groups not yet pruned, 0 the least important; `remaining` of these must still
+    reach p = 1. Returns float64 like `rank`: A at 0, u·A at N = -ln(u) / alpha (the centre of symmetry), 0 at
+    `remaining`, negative beyond. Raises ValueError for remaining < 1, A outside (0, 1] or u outside (0, 1).
 
     >>> increment(torch.tensor([0, 10, 15]), 10)
     tensor([ 0.0500,  0.0000, -0.0457], dtype=torch.float64)
@@ -53,33 +47,34 @@ def increment(rank: Tensor | float, remaining: int, *, A: float = 0.05, u: float
     return torch.where(r <= centre, falling, rising)  # SPP eq. (3)
 
 
-def update(
-    probability: Tensor, importance: Tensor, target: int, *, A: float = 0.05, u: float = 0.25
-) -> Tensor:
+def update(probability: Tensor, importance: Tensor, target: int, *, A: float = 0.05, u: float = 0.25) -> Tensor:
     """New pruning probabilities of one layer, SPP eq. (3) and (4) in the remaining-target form.
 
-    Args:
-        probability: (N_c,) in [0, 1]; groups at 1 stay there and leave the ranking.
-        importance: (N_c,) finite, larger is more important; only its order counts, ties by position.
-        target: groups to prune in this layer, 0 to N_c.
+    probability: (N_c,) in [0, 1]; groups at 1 stay there and leave the ranking.
+    importance: (N_c,) finite, larger is more important; only its order counts, ties by position.
+    target: groups to prune in this layer, 0 to N_c. Other input is a ValueError.
 
-    Returns a new tensor like `probability`; once `target` groups are at 1 it returns them unchanged. At most `target`
-    groups ever reach 1, because only ranks below the remaining target gain probability.
+    Returns a new tensor like `probability`, the same values once `target` groups are at 1. No more than `target` ever
+    reach 1: only ranks below the remaining target gain probability.
 
     >>> update(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 2.0, 1.0]), target=2)
     tensor([1.0000, 0.5000, 0.0500])
     """
-    _check(probability, importance, target)
+    if probability.dim() != 1 or probability.shape != importance.shape:
+        shapes = f"probability {tuple(probability.shape)} and importance {tuple(importance.shape)}"
+        raise ValueError(f"{shapes} must both be (N_c,)")
+    if not bool(((probability >= 0) & (probability <= 1)).all()):
+        raise ValueError(f"probabilities must lie in [0, 1], found {probability.min():g} to {probability.max():g}")
+    if bad := int((~importance.isfinite()).sum()):
+        raise ValueError(f"{bad} of {len(importance)} importances are NaN or infinite; check the weights")
+    if not 0 <= target <= len(probability):
+        raise ValueError(f"target={target} must lie in 0 to {len(probability)}, the number of groups")
     alive = probability < 1
-    remaining = target - int((~alive).sum())
-    if remaining <= 0:
+    if (remaining := target - int((~alive).sum())) <= 0:
         return probability.clone()
-    indices = alive.nonzero().flatten()  # (N_alive,)
-    order = torch.argsort(importance[indices], stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
+    rank = importance[alive].argsort(stable=True).argsort()  # (N_alive,)
     p = probability.to(torch.float64, copy=True)
-    p[indices] = (p[indices] + increment(rank, remaining, A=A, u=u)).clamp(0, 1)  # SPP eq. (4)
+    p[alive] = (p[alive] + increment(rank, remaining, A=A, u=u)).clamp(0, 1)  # SPP eq. (4)
     return p.to(probability.dtype)
 
 
@@ -98,8 +93,7 @@ def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tenso
     >>> draw(torch.tensor([0.0, 1.0]))
     tensor([ True, False])
     """
-    number = torch.rand(probability.shape, generator=generator, device=probability.device)
-    return number >= probability
+    return torch.rand(probability.shape, generator=generator, device=probability.device) >= probability
 
 
 def target_count(ratio: float, groups: int) -> int:
@@ -116,19 +110,3 @@ def target_count(ratio: float, groups: int) -> int:
     if count >= groups:
         raise ValueError(f"ratio={ratio} of {groups} groups would leave none; lower it or skip the layer")
     return count
-
-
-def _check(probability: Tensor, importance: Tensor, target: int) -> None:
-    if probability.dim() != 1 or probability.shape != importance.shape:
-        raise ValueError(
-            f"probability {tuple(probability.shape)} and importance {tuple(importance.shape)} must both be (N_c,)"
-        )
-    if not bool(((probability >= 0) & (probability <= 1)).all()):
-        raise ValueError(
-            f"probabilities must lie in [0, 1], found {probability.min():g} to {probability.max():g}"
-        )
-    if not bool(importance.isfinite().all()):
-        bad = int((~importance.isfinite()).sum())
-        raise ValueError(f"{bad} of {len(importance)} importances are NaN or infinite; check the weights")
-    if not 0 <= target <= len(probability):
-        raise ValueError(f"target={target} must lie in 0 to {len(probability)}, the number of groups")

@@ -1,4 +1,4 @@
-"""Files that are never half written and never a pickle: tensors with a description, and text."""
+"""Files that are never half written and never a pickle: tensors with a description, and lines of text."""
 
 from __future__ import annotations
 
@@ -36,19 +36,17 @@ def load(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, A
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of a saved {kind}")
     data = path.read_bytes()
-    if data[8:9] not in (b"{", b""):  # eight bytes of header length, then the header, a JSON object
-        raise ValueError(f"{str(path)!r} is not a safetensors file; a pickle is never read: convert it")
     try:
         tensors = dict(sorted(safetensors.torch.load(data).items()))  # it gives them in any order
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         description = dict(json.loads(header.get("__metadata__", {}).get("sppkit", "{}")))
     except Exception as error:  # the parsers raise many kinds of exception on a damaged header
-        found = f"{str(path)!r} is cut short or damaged ({len(data)} bytes: {error})"
-        raise ValueError(f"{found}; delete it and make it again") from error
-    wrong = description.get("kind"), description.get("schema")
-    if wrong != (kind, SCHEMA):
-        found = f"{str(path)!r} is of kind {wrong[0]!r} and schema {wrong[1]!r}, not {kind!r} and {SCHEMA}"
-        raise ValueError(f"{found}; give another file, or install the sppkit that wrote it")
+        found = f"cut short or damaged ({len(data)} bytes: {error}), or not a safetensors file (a pickle is never read)"
+        raise ValueError(f"{str(path)!r} is {found}; make it again") from error
+    found = f"kind {description.get('kind')!r} and schema {description.get('schema')!r}"
+    if found != f"kind {kind!r} and schema {SCHEMA}":
+        wanted = f"not {kind!r} and {SCHEMA}; give another file, or install the sppkit that wrote it"
+        raise ValueError(f"{str(path)!r} is of {found}, {wanted}")
     return tensors, description
 
 
@@ -65,11 +63,6 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write or replace a UTF-8 text file whole."""
-    write_bytes(path, text.encode())
 
 
 def append_line(path: str | Path, line: str) -> None:
@@ -100,16 +93,16 @@ def save_network(network: nn.Module, path: str | Path, /, **description: Any) ->
 
 
 def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load a state dict into `network`, in place, and return the description.
+    """Load a state dict into `network` and return the description; raises what `load` raises.
 
-    Raises what `load` raises, and ValueError for names or shapes of another network, changing nothing.
+    Names or shapes of another network are a ValueError, and change nothing.
     """
     tensors, description = load(path, kind="network")
     theirs, ours = ({k: tuple(t.shape) for k, t in d.items()} for d in (tensors, network.state_dict()))
     if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
-        name = different[0]
+        name, count = different[0], len(different)
         shapes = f"{theirs.get(name, 'absent')} in the file and {ours.get(name, 'absent')} in the network"
-        found = f"{str(path)!r} is of another network: {name!r} is {shapes} ({len(different)} names differ)"
+        found = f"{str(path)!r} is of another network: {name!r} is {shapes} ({count} names differ)"
         raise ValueError(f"{found}; build the network of the file's description, {description}")
     network.load_state_dict(tensors)
     return description
@@ -119,6 +112,5 @@ def network_id(network: nn.Module) -> str:
     """Twelve hexadecimal digits of the SHA-256 of the state dict: names in order, each with its raw bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

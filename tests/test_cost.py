@@ -68,9 +68,7 @@ def test_a_column_convolution_counts_its_kept_columns() -> None:
 
 def test_bytes_count_buffers() -> None:
     norm = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2))
-    assert (
-        cost.summary(norm, IMAGE)["bytes"] == 4 * (6 + 4 * 2) + 8
-    )  # running mean and variance; batches seen
+    assert cost.summary(norm, IMAGE)["bytes"] == 4 * (6 + 4 * 2) + 8  # running mean and variance; batches seen
 
 
 def test_flop_ratio_is_dense_over_compact() -> None:

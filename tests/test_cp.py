@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sppkit import compact, cost, cp, networks
+from sppkit import compact, cost, cp, lasso, networks, reconstruct
 
 
 class Chain(nn.Module):
@@ -114,9 +114,7 @@ def test_errors_are_those_of_the_whole_feature_map(chain: nn.Module, images: Ten
         with torch.no_grad():
             network(images)
     for layer, found in zip(table["layer"], table["error"], strict=True):
-        Y, output = (
-            maps[which + layer].transpose(0, 1).flatten(1) for which in ("dense", "pruned")
-        )  # (n, N)
+        Y, output = (maps[which + layer].transpose(0, 1).flatten(1) for which in ("dense", "pruned"))  # (n, N)
         expected = (Y - output).square().sum() / (Y - Y.mean(1, keepdim=True)).square().sum()
         assert found == pytest.approx(float(expected), rel=1e-4)
 
@@ -145,6 +143,40 @@ def test_refit_and_lasso_beat_the_first_channels(chain: nn.Module, images: Tenso
     assert ours < 0.5 * theirs
 
 
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3"])
+def test_sampled_patches_explain_the_sampled_outputs(chain: nn.Module, images: Tensor, layer: str) -> None:
+    X, Y = cp.sample_layer(chain, layer, images, points=4, seed=3, batch_size=16)
+    conv = chain.get_submodule(layer)
+    assert X.shape == (40 * 4, conv.weight[0].numel())
+    expected = X @ conv.weight.flatten(1).T + (0 if conv.bias is None else conv.bias)
+    torch.testing.assert_close(Y, expected, rtol=1e-4, atol=1e-5)
+    assert chain.training
+
+
+def test_samples_of_a_layer_are_those_it_was_pruned_with(chain: nn.Module, images: Tensor) -> None:
+    pruned, table = cp.channel_prune(chain, images, keep={"conv2": 5, "conv3": 7}, seed=2)
+    X, Y = cp.sample_layer(pruned, "conv3", images, seed=2, original=chain)  # conv3's input is what it was pruned on
+    own_X, own_Y = cp.sample_layer(chain, "conv3", images, seed=2)
+    assert torch.equal(Y, own_Y)
+    assert not torch.equal(X, own_X)
+    moments = reconstruct.Moments().add(X, Y)
+    kept = pruned.conv3.weight.ne(0).any(3).any(2).any(0).nonzero().flatten()
+    found = lasso.select(*reconstruct.lasso_problem(moments, chain.conv3.weight), 7)
+    assert torch.equal(found.kept, kept)
+    assert found.alpha == pytest.approx(table["alpha"].iloc[1], rel=1e-6)
+    assert reconstruct.refit(moments, kept, (1, 1)).error == pytest.approx(table["error"].iloc[1], rel=1e-6)
+
+
+def test_bad_layers_are_named(chain: nn.Module, images: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match="layer 'norm' is grouped or no convolution; choose one of conv1, conv2, conv3"
+    ):
+        cp.sample_layer(chain, "norm", images)
+    chain.unused = nn.Conv2d(1, 1, 1)
+    with pytest.raises(ValueError, match="never runs"):
+        cp.sample_layer(chain, "unused", images)
+
+
 def test_same_seed_same_network_and_other_seed_other_samples(chain: nn.Module, images: Tensor) -> None:
     settings = {"keep": {"conv2": 5}, "points": 4, "batch_size": 16}
     one, two, other = (cp.channel_prune(chain, images, seed=seed, **settings)[0] for seed in (0, 0, 1))
@@ -168,27 +200,24 @@ def test_dead_channels_are_dropped_below_the_width_asked(chain: nn.Module, image
 
 def test_a_failure_leaves_no_hook_and_names_the_layer(chain: nn.Module, images: Tensor) -> None:
     chain.norm.weight.data[0] = torch.nan
-    with pytest.raises(ValueError, match=r"layer 'conv2': Y holds NaN|layer 'conv2': X holds NaN"):
+    with pytest.raises(ValueError, match="layer 'conv2': X or Y holds NaN"):
         cp.channel_prune(chain, images, keep={"conv2": 5})
     conv = chain.conv2
     with pytest.raises(RuntimeError):
-        cp._capture(chain, conv, torch.zeros(1, 5, 12, 12), output=True)
+        cp._capture(chain, conv, torch.zeros(1, 5, 12, 12))
     assert not conv._forward_hooks
     assert not conv._forward_pre_hooks
 
 
 def test_bad_input_is_named(chain: nn.Module, images: Tensor) -> None:
     cases = [
-        (
-            {"keep": {"conv9": 2}},
-            "layer 'conv9' has no input channels to prune; those that have: conv2, conv3",
-        ),
-        ({"keep": {"conv1": 2}}, "layer 'conv1' has no input channels"),
-        ({"keep": {"conv2": 0}}, r"keep=0 of layer 'conv2' must lie in 1\.\.8"),
-        ({"keep": {"conv2": 9}}, r"keep=9 of layer 'conv2' must lie in 1\.\.8"),
+        ({"keep": {"conv9": 2}}, r"keep=2 for layer 'conv9'; .* {'conv2': '1\.\.8', 'conv3': '1\.\.12'}"),
+        ({"keep": {"conv1": 2}}, "keep=2 for layer 'conv1'"),
+        ({"keep": {"conv2": 0}}, r"keep=0 for layer 'conv2'; .*{'conv2': '1\.\.8'"),
+        ({"keep": {"conv2": 9}}, "keep=9 for layer 'conv2'"),
         ({"flop_ratio": 1.0}, r"flop_ratio=1\.0 must be above 1"),
         ({"flop_ratio": float("nan")}, "must be above 1"),
-        ({"flop_ratio": 1000.0}, r"flop_ratio=1000\.0 is out of reach: .* conv2, conv3 gives \d+\.\d\d"),
+        ({"flop_ratio": 1000.0}, r"flop_ratio=1000\.0 is out of reach: .* \['conv2', 'conv3'\] gives \d+\.\d\d"),
         ({}, "either flop_ratio or keep"),
         ({"flop_ratio": 2.0, "keep": {"conv2": 2}}, "either flop_ratio or keep"),
         ({"flop_ratio": 2.0, "points": 0}, "points=0"),
@@ -197,13 +226,13 @@ def test_bad_input_is_named(chain: nn.Module, images: Tensor) -> None:
         with pytest.raises(ValueError, match=message):
             cp.channel_prune(chain, images, **settings)
     images[3, 0, 0, 0] = torch.inf
-    with pytest.raises(ValueError, match="images hold NaN or infinity"):
+    with pytest.raises(ValueError, match=r"images \(40, 3, 12, 12\) .* all finite"):
         cp.channel_prune(chain, images, flop_ratio=2)
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match=r"images \(0, 3, 12, 12\) must be \(B > 0"):
         cp.channel_prune(chain, images[:0], flop_ratio=2)
 
 
 def test_grouped_layer_is_refused_by_name(images: Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match="layer '2' is grouped"):
+    with pytest.raises(ValueError, match="layer '2'; the layers"):
         cp.channel_prune(network, images, keep={"2": 2})

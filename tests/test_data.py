@@ -46,9 +46,7 @@ def test_digits_are_the_digits_of_scikit_learn() -> None:
     both = torch.cat([loaded.train.images, loaded.test.images])
     labels = torch.cat([loaded.train.labels, loaded.test.labels])
     assert torch.equal(both, both[..., :1].expand_as(both))
-    ours = sorted(
-        (label, x.tobytes()) for label, x in zip(labels.tolist(), both[..., 0].numpy(), strict=True)
-    )
+    ours = sorted((label, x.tobytes()) for label, x in zip(labels.tolist(), both[..., 0].numpy(), strict=True))
     gray = np.round(digits.images * 255 / 16).astype(np.uint8)
     assert ours == sorted((int(label), x.tobytes()) for label, x in zip(digits.target, gray, strict=True))
     for label in range(10):
@@ -145,14 +143,10 @@ def test_a_missing_cifar10_file_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("file", CIFAR10_FILES)
-def test_a_truncated_cifar10_file_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+def test_a_truncated_cifar10_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     path = fake_cifar10(tmp_path, monkeypatch) / file
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(
-        ValueError, match=rf"{file}' is missing or damaged: {path.stat().st_size} bytes.*download=True"
-    ):
+    with pytest.raises(ValueError, match=rf"{file}' is missing or damaged: {path.stat().st_size} bytes.*download=True"):
         data.load("cifar10", root=tmp_path)
 
 
@@ -177,11 +171,7 @@ def test_a_hostile_pickle_in_the_place_of_a_cifar10_file_is_never_run(
 @pytest.mark.parametrize("name", ["cifar10", "imagenette"])
 @pytest.mark.parametrize(
     "error",
-    [
-        URLError("no route to host"),
-        RuntimeError("File not found or corrupted."),
-        PermissionError(13, "denied"),
-    ],
+    [URLError("no route to host"), RuntimeError("File not found or corrupted."), PermissionError(13, "denied")],
     ids=["no network", "cut short", "read-only folder"],
 )
 def test_a_failed_download_says_what_to_do(
@@ -351,14 +341,10 @@ def test_too_few_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds 1 class folders"):
         data.load(tmp_path)
     (tmp_path / "class1").mkdir()
-    with pytest.raises(
-        ValueError, match=r"holds 2 class folders, .*too few images: {'class0': 1, 'class1': 0}"
-    ):
+    with pytest.raises(ValueError, match=r"holds 2 class folders, .*too few images: {'class0': 1, 'class1': 0}"):
         data.load(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "class1" / "a.png")
-    with pytest.raises(
-        ValueError, match=r"too few images: {'class0': 1, 'class1': 1}; .*each with 2 or more"
-    ):
+    with pytest.raises(ValueError, match=r"too few images: {'class0': 1, 'class1': 1}; .*each with 2 or more"):
         data.load(tmp_path)
 
 
@@ -386,9 +372,7 @@ def test_a_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.resolve_device("auto") == torch.device("cpu")
     assert data.resolve_device("cpu") == torch.device("cpu")
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(
-            ValueError, match=f"device='{name}' is absent; use \"auto\" .*\\(cpu\\).*CUDA build"
-        ):
+        with pytest.raises(ValueError, match=f"device='{name}' is absent; use \"auto\" .*\\(cpu\\).*CUDA build"):
             data.load("digits", device=name)
     for name in ("gpu", "meta", "cuda:x", ""):
         with pytest.raises(ValueError, match=f"device='{name}' is absent; use"):

@@ -1,14 +1,14 @@
 """The captured training step. Skipped without a GPU; run on one with `python -m pytest tests/test_gpu.py`."""
 
 import copy
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+
 from sppkit import data, networks, train
 from sppkit.pruner import Pruner, targets
-from sppkit.train import Training
+from sppkit.step import Training, TrainingStep
 
 pytestmark = pytest.mark.gpu
 SETTINGS = Training(steps=40, batch_size=64, lr=1e-3, weight_decay=0.004, normalise="mean_image")
@@ -38,23 +38,23 @@ def test_captured_and_eager_steps_train_alike(digits):
 def test_warming_up_and_capturing_leave_no_trace_in_the_weights(digits):
     network = networks.create("resnet20").to("cuda")
     before = copy.deepcopy(network.state_dict())
-    run = train._Run(network, digits, replace(SETTINGS, normalise="channel"), None, True)
+    run = TrainingStep(network, digits, replace(SETTINGS, normalise="channel"))
     run.batches.start_epoch(0)
     run.batches.select(0)
-    run._set_rate(1e-3)
-    run._capture()
+    run.set_rate(1e-3)
+    run.record()
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert run.totals.tolist() == [0, 0]
 
 
 def test_a_replay_sees_a_new_learning_rate(digits):
     network = make()
-    run = train._Run(network, digits, replace(SETTINGS, momentum=0.0, weight_decay=0.0), None, True)
-    run.step(0, 0, 0)
+    run = TrainingStep(network, digits, replace(SETTINGS, momentum=0.0, weight_decay=0.0))
+    run.step(0)
     steps = []
     for rate in (1e-3, 1e-2, 1e-9):
         run.batches.select(1)
-        run._set_rate(rate)
+        run.set_rate(rate)
         before = weights(network).clone()
         run.graph.replay()
         steps.append(float((weights(network) - before).norm()))
@@ -65,17 +65,17 @@ def test_a_replay_sees_a_new_learning_rate(digits):
 def test_a_replay_draws_new_masks_and_sees_new_probabilities(digits):
     network = make()
     pruner = Pruner(network, targets(network, flop_ratio=2))
-    run = train._Run(network, digits, SETTINGS, pruner, True)
+    run = TrainingStep(network, digits, SETTINGS, pruner=pruner)
     pruner.probability.fill_(0.5)
-    run.step(0, 0, 0)
+    run.step(0)
     masks = []
     for position in (1, 2):
-        run.step(position, 0, position)
+        run.step(position)
         masks.append(pruner._mask.clone())
     assert not torch.equal(*masks)
     assert 0.4 < float(masks[0].mean()) < 0.6
     pruner.probability.fill_(1.0)
-    run.step(3, 0, 3)
+    run.step(3)
     assert float(pruner._mask.sum()) == 0
 
 
@@ -88,10 +88,10 @@ def test_pruning_resumes_on_a_gpu(digits, tmp_path, monkeypatch, precision):
         pruner = Pruner(network, targets(network, flop_ratio=2), interval=2)
         path = tmp_path / f"{stops}.safetensors"
         if stops:
-            ticks = itertools.count()
-            with monkeypatch.context() as patch, pytest.raises(train.OutOfTime, match="at step 29"):
-                patch.setattr(train.time, "monotonic", lambda: next(ticks) / 10)
-                train.fit(network, digits, settings, pruner=pruner, checkpoint=path, deadline=31 / 10)
+            with monkeypatch.context() as patch:
+                patch.setattr(train.time, "monotonic", iter(range(1000)).__next__)
+                with pytest.raises(train.OutOfTime, match="at step 2"):
+                    train.fit(network, digits, settings, pruner=pruner, checkpoint=path, deadline=31)
             network = make(seed=1)
             pruner = Pruner(network, targets(network, flop_ratio=2), interval=2, seed=1)
         history = train.fit(network, digits, settings, pruner=pruner, checkpoint=path)

@@ -159,14 +159,12 @@ def test_weights_are_channels_last() -> None:
 
 
 def test_wrong_names_and_depths_say_the_way_out() -> None:
-    with pytest.raises(
-        ValueError, match=r"network 'resnet21' is not known; choose one of convnet, .*resnet50"
-    ):
+    with pytest.raises(ValueError, match=r"network 'resnet21' is not known; choose one of convnet, .*resnet50"):
         create("resnet21")
     with pytest.raises(ValueError, match="classes=0 must be at least 1"):
         create("convnet", classes=0)
     for depth in (2, 21):
         with pytest.raises(ValueError, match=rf"depth={depth} must be 6n \+ 2"):
-            networks.ResNet(depth)
+            networks.resnet(depth)
     with pytest.raises(ValueError, match="shortcut='B' must be 'A' or 'projection'"):
-        networks.ResNet(20, shortcut="B")
+        networks.resnet(20, shortcut="B")

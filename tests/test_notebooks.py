@@ -50,10 +50,7 @@ def executed(house: Path, name: str) -> nbformat.NotebookNode:
     [
         (make(PARAMETERS, tags=()), "exactly one code cell must be tagged `parameters`; tagged are: none"),
         (make(PARAMETERS, tags=("Parameters",)), "tagged are: none"),
-        (
-            make("seed = 0"),
-            "parameter profile='quick' is not assigned in the parameters cell, which has ['seed']",
-        ),
+        (make("seed = 0"), "parameter profile='quick' is not assigned in the parameters cell, which has ['seed']"),
         (make("def profile():\n    n = 1"), "which has []"),
         (make("profile = ("), "never closed"),
     ],
@@ -111,9 +108,7 @@ def test_numbers(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run.find(house / "notebooks", [])
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--in-place", "-p", "n", "2"], ["--cell-timeout", "0"], ["--profile", "x"]]
-)
+@pytest.mark.parametrize("arguments", [["--in-place", "-p", "n", "2"], ["--cell-timeout", "0"], ["--profile", "x"]])
 def test_command_line_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
@@ -149,12 +144,7 @@ def test_failures_name_the_cell_keep_the_copy_and_stop_nothing_else(
 def test_limit_of_a_whole_notebook(house: Path) -> None:
     source = add(house, "00_long", make(PARAMETERS, *["import time\ntime.sleep(1.6)"] * 3))
     result = run.run(
-        source,
-        parameters={},
-        out=house / "out",
-        limits=run.Limits(cell=60, slow=1, total=2.5),
-        force=False,
-        root=house,
+        source, parameters={}, out=house / "out", limits=run.Limits(cell=60, slow=1, total=2.5), force=False, root=house
     )
     assert result.status == "FAILED"
     assert "more than 2.5 s a notebook" in result.error
@@ -240,9 +230,7 @@ def test_in_place_refuses(house: Path, capsys: pytest.CaptureFixture[str], sourc
     assert path.read_bytes() == before
 
 
-def test_in_place_refuses_a_profile_that_would_be_injected(
-    house: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_in_place_refuses_a_profile_that_would_be_injected(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add(house, "00_good", make(PARAMETERS))
     assert run.main(["--in-place", "--profile", "paper"], root=house) == 1
     assert "--in-place needs profile='paper' to be the notebook's own default" in capsys.readouterr().out

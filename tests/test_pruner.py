@@ -344,9 +344,7 @@ def test_targets_are_one_ratio_in_all_layers() -> None:
     for ratio in (1.0, 0.5, math.nan):
         with pytest.raises(ValueError, match=f"flop_ratio={ratio} must be above 1"):
             targets(network, flop_ratio=ratio)
-    with pytest.raises(
-        ValueError, match="layer 'conv4' is not a convolution of this network; it has conv1, conv2"
-    ):
+    with pytest.raises(ValueError, match="layer 'conv4' is not a convolution of this network; it has conv1, conv2"):
         targets(network, flop_ratio=2, layers=["conv1", "conv4"])
 
 
@@ -354,11 +352,7 @@ def test_bad_input_is_refused_and_the_network_left_alone() -> None:
     network = small()
     before = {name: (value.clone(), value.data_ptr()) for name, value in network.state_dict().items()}
     cases: list[tuple[dict[str, int], int, str]] = [
-        (
-            {"one": 5, "three": 1},
-            1,
-            "layer 'three' is not a convolution of this network; it has one, two, free",
-        ),
+        ({"one": 5, "three": 1}, 1, "layer 'three' is not a convolution of this network; it has one, two, free"),
         ({"one": 5, "linear": 1}, 1, "layer 'linear' is not a convolution"),
         ({"one": 27}, 1, "target=27 of layer 'one' must lie in 1 to 26"),
         ({"one": 5, "two": 0}, 1, "target=0 of layer 'two' must lie in 1 to 11"),

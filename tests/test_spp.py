@@ -102,17 +102,13 @@ def test_update_is_a_clamped_step_along_the_ranking(
     new = spp.update(p, importance, target, A=A, u=u)
     assert torch.equal(p, before)  # a new tensor
     assert new.data_ptr() != p.data_ptr()
-    np.testing.assert_allclose(
-        new.numpy(), reference_update(p.numpy(), importance.numpy(), target, A, u), atol=1e-12
-    )
+    np.testing.assert_allclose(new.numpy(), reference_update(p.numpy(), importance.numpy(), target, A, u), atol=1e-12)
     assert ((new >= 0) & (new <= 1)).all()
     assert (new[p == 1] == 1).all()
     assert int((new == 1).sum()) <= target
     order = torch.randperm(len(p), generator=torch.Generator().manual_seed(seed + 1))
     assert torch.equal(spp.update(p[order], importance[order], target, A=A, u=u), new[order])
-    assert torch.equal(
-        spp.update(p, importance.exp2().log1p(), target, A=A, u=u), new
-    )  # the order alone counts
+    assert torch.equal(spp.update(p, importance.exp2().log1p(), target, A=A, u=u), new)  # the order alone counts
     shuffled = importance.clone()
     shuffled[p == 1] = -1e9  # groups that are gone are not ranked
     assert torch.equal(spp.update(p, shuffled, target, A=A, u=u), new)
@@ -157,9 +153,7 @@ def test_static_norms_take_as_many_updates_as_the_simulation(groups: int, fewest
             if count == 19:
                 assert not (p == 1).any()  # 1/A = 20 updates at least
         counts.append(count)
-        assert set(importance[p == 1].tolist()) == set(
-            map(float, range(target))
-        )  # the least important are gone
+        assert set(importance[p == 1].tolist()) == set(map(float, range(target)))  # the least important are gone
         assert int(((p > 0) & (p < 1)).sum()) <= 1
     assert fewest <= min(counts) <= max(counts) <= most
 
@@ -185,15 +179,7 @@ def test_update_refuses_bad_input() -> None:
 def test_increment_refuses_bad_input() -> None:
     with pytest.raises(ValueError, match="remaining=0 must be at least 1"):
         spp.increment(0, 0)
-    for A, u in (
-        (0, 0.25),
-        (1.1, 0.25),
-        (-0.1, 0.25),
-        (math.nan, 0.25),
-        (0.05, 0),
-        (0.05, 1),
-        (0.05, math.nan),
-    ):
+    for A, u in ((0, 0.25), (1.1, 0.25), (-0.1, 0.25), (math.nan, 0.25), (0.05, 0), (0.05, 1), (0.05, math.nan)):
         with pytest.raises(ValueError, match=r"A=.* must lie in \(0, 1\] and u=.* in \(0, 1\)"):
             spp.increment(0, 5, A=A, u=u)
     with pytest.raises(ValueError, match=r"A=2 must"):
@@ -203,10 +189,7 @@ def test_increment_refuses_bad_input() -> None:
 def test_column_importance_is_the_l1_norm_over_filters() -> None:
     weight = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(0))
     expected = [
-        sum(abs(float(weight[o, c, i, j])) for o in range(5))
-        for c in range(3)
-        for i in range(2)
-        for j in range(4)
+        sum(abs(float(weight[o, c, i, j])) for o in range(5)) for c in range(3) for i in range(2) for j in range(4)
     ]
     found = spp.column_importance(weight.clone().requires_grad_())
     assert not found.requires_grad

@@ -19,11 +19,10 @@ from sppkit import networks, state, train
 from sppkit.batches import Batches, Normalise
 from sppkit.data import ImageData, Split
 from sppkit.pruner import Pruner
-from sppkit.train import Training, evaluate, fit
+from sppkit.step import Training, TrainingStep
+from sppkit.train import evaluate, fit
 
-SETTINGS = Training(
-    steps=14, batch_size=8, lr=1e-3, weight_decay=0.004, milestones=(5, 9), normalise="mean_image"
-)
+SETTINGS = Training(steps=14, batch_size=8, lr=1e-3, weight_decay=0.004, milestones=(5, 9), normalise="mean_image")
 GOALS = {"conv1": 30, "conv2": 300}
 
 
@@ -111,10 +110,7 @@ def test_a_run_killed_twice_ends_bit_for_bit_like_one_that_was_not(
         pruner.probability.fill_(0.9)  # some groups are gone before the end
     expected = fit(network, images, settings, pruner=pruner)
     path, stops = tmp_path / "run.safetensors", []
-    for seed, seconds in (
-        (0, 3.5),
-        (1, 7.5),
-    ):  # a new process starts from whatever it has: here, other weights
+    for seed, seconds in ((0, 3.5), (1, 7.5)):  # a new process starts from whatever it has: here, other weights
         resumed, other = start(seed)
         if other is not None and seed == 0:
             other.probability.fill_(0.9)
@@ -161,16 +157,12 @@ def test_global_state_survives_a_run_that_stops(images: ImageData, tmp_path: Pat
 def test_learning_rates_are_the_formulas() -> None:
     step = Training(steps=100, lr=0.5, milestones=(30, 60), gamma=0.2)
     for number in (0, 29, 30, 59, 60, 99):
-        assert step.learning_rate(number) == pytest.approx(
-            0.5 * 0.2 ** ((number >= 30) + (number >= 60)), rel=1e-12
-        )
+        assert step.learning_rate(number) == pytest.approx(0.5 * 0.2 ** ((number >= 30) + (number >= 60)), rel=1e-12)
     cosine = replace(step, schedule="cosine")
     for number in range(100):
-        assert cosine.learning_rate(number) == pytest.approx(
-            0.5 * math.cos(math.pi * number / 200) ** 2, abs=1e-12
-        )
+        assert cosine.learning_rate(number) == pytest.approx(0.5 * math.cos(math.pi * number / 200) ** 2, abs=1e-12)
     assert cosine.learning_rate(100) == pytest.approx(0, abs=1e-15)
-    assert {replace(step, schedule="constant").learning_rate(number) for number in range(100)} == {0.5}
+    assert {replace(step, milestones=()).learning_rate(number) for number in range(100)} == {0.5}
 
 
 def by_hand(network: nn.Module, images: ImageData, settings: Training) -> list[tuple[float, float]]:
@@ -199,10 +191,7 @@ def by_hand(network: nn.Module, images: ImageData, settings: Training) -> list[t
                 gradient = gradient + settings.weight_decay * decay_factor * p
                 velocity[name] = settings.momentum * velocity[name] + gradient
                 p -= rate * lr_factor * velocity[name]
-        sums = [
-            sums[0] + float(loss.detach()),
-            sums[1] + 100 * float((logits.argmax(1) == y).double().mean()),
-        ]
+        sums = [sums[0] + float(loss.detach()), sums[1] + 100 * float((logits.argmax(1) == y).double().mean())]
         count += 1
         if position == batches.steps_per_epoch - 1 or step == settings.steps - 1:
             rows.append((sums[0] / count, sums[1] / count))
@@ -221,9 +210,7 @@ def test_training_is_sgd_by_hand(images: ImageData, name: str, smoothing: float)
     assert history["loss"].tolist() == pytest.approx([row[0] for row in rows], rel=1e-5)
     assert history["accuracy"].tolist() == pytest.approx([row[1] for row in rows], abs=1e-4)
     assert history["lr"].tolist() == pytest.approx([settings.lr * 0.1, settings.lr * 0.01])
-    pairs = zip(
-        one.state_dict().values(), other.state_dict().values(), start.state_dict().values(), strict=True
-    )
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), start.state_dict().values(), strict=True)
     for found, expected, first in pairs:
         moved = (expected - first).double().norm()
         assert float((found - expected).double().norm()) <= 2e-3 * float(moved)
@@ -274,9 +261,7 @@ def test_evaluate_is_a_plain_loop(images: ImageData, training: bool) -> None:
             right += int(network(x[None]).argmax() == label)
     network.train(training)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert evaluate(network, images, replace(SETTINGS, normalise="channel")) == pytest.approx(
-        100 * right / 23
-    )
+    assert evaluate(network, images, replace(SETTINGS, normalise="channel")) == pytest.approx(100 * right / 23)
     assert network.training is training
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
@@ -358,9 +343,7 @@ def test_weights_that_are_not_finite_are_refused(images: ImageData) -> None:
 
 
 @pytest.mark.parametrize("stop", [7, 8])
-def test_a_diverged_run_says_so_and_keeps_the_checkpoint_it_had(
-    images: ImageData, tmp_path: Path, stop: int
-) -> None:
+def test_a_diverged_run_says_so_and_keeps_the_checkpoint_it_had(images: ImageData, tmp_path: Path, stop: int) -> None:
     settings = replace(SETTINGS, normalise="channel", milestones=(7,), gamma=1e38)
     path = tmp_path / "run.safetensors"
     assert stop_after(4.5, make("dropout"), images, settings, checkpoint=path) == 4
@@ -378,8 +361,8 @@ def test_a_diverged_run_says_so_and_keeps_the_checkpoint_it_had(
 @pytest.mark.parametrize("part", ["weights", "statistics", "momentum", "loss"])
 def test_nothing_that_is_not_finite_is_saved(images: ImageData, tmp_path: Path, part: str) -> None:
     network = make("dropout")
-    run = train._Run(network, images, SETTINGS, None, False)
-    momentum = run._momentum()["0.weight"]
+    run = TrainingStep(network, images, SETTINGS)
+    momentum = run.momentum()["0.weight"]
     tensors = {"weights": network[0].weight, "statistics": network[1].running_var}
     ({"momentum": momentum, "loss": run.totals} | tensors)[part].data.view(-1)[0] = math.nan
     with pytest.raises(FloatingPointError, match="weights or loss are no longer finite at step 3"):
@@ -393,7 +376,7 @@ def test_a_checkpoint_is_written_every_ten_minutes(
     ticks = itertools.count(step=250)
     monkeypatch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
     saved: list[int] = []
-    monkeypatch.setattr(train._Run, "save", lambda self, path, step, history: saved.append(step))
+    monkeypatch.setattr(TrainingStep, "save", lambda self, path, step, history: saved.append(step))
     fit(make("dropout"), images, replace(SETTINGS, steps=6), checkpoint=tmp_path / "run")
     assert saved == [2, 5]
 
@@ -407,19 +390,15 @@ def checkpoint(images: ImageData, tmp_path: Path) -> Path:
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(images: ImageData, checkpoint: Path) -> None:
     before = checkpoint.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"was saved with other settings \(lr, milestones\); delete it to start anew"
-    ):
+    with pytest.raises(ValueError, match=r"was saved with other settings \(lr, milestones\); delete it to start anew"):
         fit(make("convnet"), images, replace(SETTINGS, lr=0.5, milestones=(5,)), checkpoint=checkpoint)
-    with pytest.raises(
-        ValueError, match=r"belongs to another network or method \(first misfit: network/conv1"
-    ):
+    with pytest.raises(ValueError, match=r"belongs to another network \(first misfit: network/conv1"):
         fit(make("resnet20"), images, SETTINGS, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=r"belongs to another network or method .*linear\.weight"):
+    with pytest.raises(ValueError, match=r"belongs to another network .*linear\.weight"):
         fit(networks.create("convnet", classes=11), images, SETTINGS, checkpoint=checkpoint)
     network = make("convnet")
     weights = make("convnet")
-    with pytest.raises(ValueError, match=r"another network or method \(first misfit: pruner\)"):
+    with pytest.raises(ValueError, match=r"saved with other settings \(pruner\)"):
         fit(network, images, SETTINGS, checkpoint=checkpoint, pruner=Pruner(network, GOALS))
     assert same_tensors(network, weights)
     assert checkpoint.read_bytes() == before
@@ -429,10 +408,10 @@ def test_a_checkpoint_with_other_pruning_is_refused(images: ImageData, tmp_path:
     path, network = tmp_path / "run.safetensors", make("convnet")
     stop_after(4.5, network, images, SETTINGS, checkpoint=path, pruner=Pruner(network, GOALS))
     network = make("convnet")
-    with pytest.raises(ValueError, match="first misfit: pruner"):
+    with pytest.raises(ValueError, match=r"other settings \(pruner\)"):
         fit(network, images, SETTINGS, checkpoint=path)
     pruner = Pruner(network, {"conv2": 300, "conv3": 300})
-    with pytest.raises(ValueError, match="the saved pruning state has 875 groups, this network 1600"):
+    with pytest.raises(ValueError, match=r"other settings \(pruner\)"):
         fit(network, images, SETTINGS, checkpoint=path, pruner=pruner)
 
 
@@ -457,7 +436,7 @@ def test_a_checkpoint_holds_no_code(checkpoint: Path) -> None:
     [
         ({"steps": 0}, "steps=0 and batch_size=8 must be at least 1"),
         ({"batch_size": 0}, "steps=14 and batch_size=0"),
-        ({"schedule": "linear"}, "schedule='linear' must be 'step', 'cosine' or 'constant'"),
+        ({"schedule": "linear"}, "schedule='linear' must be 'step' or 'cosine'"),
         ({"precision": "fp16"}, "precision='fp16' must be 'float32', 'tf32' or 'bf16'"),
         ({"lr": 0.0}, r"lr=0\.0 must be positive"),
         ({"lr": math.nan}, "lr=nan must be positive"),

@@ -1,0 +1,133 @@
+"""Experiments and their records: the same settings and seed are the same run, kept as one line of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sppkit.step import Training
+
+METHODS = ("baseline", "spp", "cp")
+SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One network, pruned once. Steps are iterations; ratios are convolution MACs, dense over compact."""
+
+    experiment: str
+    network: str = "convnet"
+    dataset: str = "digits"
+    method: str = "spp"  # one of METHODS
+    flop_ratio: float = 2.0  # target
+    seed: int = 0
+    batch_size: int = 100
+    momentum: float = 0.9
+    weight_decay: float = 0.004
+    precision: str = "float32"
+    normalise: str = "mean_image"
+    crop_padding: int = 0
+    flip: bool = False
+    baseline_steps: int = 70_000
+    baseline_lr: float = 1e-3
+    baseline_milestones: tuple[int, ...] = (60_000, 65_000)
+    prune_steps: int = 60_000  # at most; SPP stops when every layer is at its target
+    prune_lr: float = 1e-3
+    interval: int = 180  # t of SPP
+    retrain_steps: int = 25_000
+    retrain_lr: float = 1e-3
+    retrain_milestones: tuple[int, ...] = (15_000, 20_000)
+    images: int = 5_000  # CP: training images sampled
+    points: int = 10  # CP: positions an image
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}")
+        if self.method != "baseline" and not self.flop_ratio > 1:
+            raise ValueError(f"flop_ratio={self.flop_ratio} must be above 1; 2 means half the multiply-accumulates")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Experiment:
+        """From a JSON object; an unknown name is a ValueError."""
+        known = {f.name for f in fields(cls)}
+        if unknown := settings.keys() - known:
+            raise ValueError(f"unknown setting {min(unknown)!r}; an experiment has {', '.join(sorted(known))}")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
+
+    def baseline(self) -> Experiment:
+        """The training run that this experiment starts from; pruning settings do not enter it."""
+        names = ("network", "dataset", "seed", *SHARED, "baseline_steps", "baseline_lr", "baseline_milestones")
+        kept: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return Experiment(experiment="baseline", method="baseline", flop_ratio=1.0, **kept)
+
+    def phase(self, name: str) -> Training:
+        """Solver settings of a phase: "baseline", "prune" or "retrain". Each shuffles with a seed of its own."""
+        return Training(
+            steps=getattr(self, f"{name}_steps"),
+            lr=getattr(self, f"{name}_lr"),
+            milestones=getattr(self, f"{name}_milestones", ()),
+            seed=3 * self.seed + ("baseline", "prune", "retrain").index(name),
+            **{key: getattr(self, key) for key in SHARED},
+        )
+
+    @property
+    def run_id(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the settings; 4 and 4.0 are the same."""
+        settings = {k: float(v) if isinstance(v, int) else v for k, v in asdict(self).items()}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def expand(path: Path) -> list[Experiment]:
+    """The experiments of a file {"defaults": {...}, "runs": [...]}; lists of methods, ratios or seeds are a product."""
+    content, found = json.loads(path.read_text()), []
+    for entry in content["runs"]:
+        settings = content.get("defaults", {}) | entry
+        axes = [k for k in ("method", "flop_ratio", "seed") if isinstance(settings.get(k), list)]
+        for values in itertools.product(*(settings[axis] for axis in axes)):
+            found.append(Experiment.of(settings | dict(zip(axes, values, strict=True))))
+    return sorted(found, key=lambda experiment: experiment.seed)  # a list cut short has whole comparisons
+
+
+def project_root() -> Path:
+    """The first of the working directory and its parents that holds data/runs; else the working directory."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "data" / "runs").is_dir()), here)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes; what is unfinished lies in `work` and may be thrown away."""
+
+    root: Path = field(default_factory=project_root)  # records and baselines go below root/data
+    data: Path = field(default_factory=lambda: project_root() / "data")  # data sets
+    revision: str | None = None  # None: git is asked
+
+    runs = property(lambda self: self.root / "data" / "runs")
+    checkpoints = property(lambda self: self.root / "data" / "checkpoints")
+    work = property(lambda self: self.root / "build" / "work")
+
+    @classmethod
+    def of(cls, profile: str) -> Places:
+        """For a notebook: data sets from data/, all that it writes under build/, apart from the recorded runs."""
+        if profile not in ("quick", "paper"):
+            raise ValueError(f"profile={profile!r} must be 'quick' or 'paper'")
+        return cls(root=project_root() / "build" / profile)
+
+    def records(self, name: str) -> Iterator[dict[str, Any]]:
+        """The records of data/runs/<name>.jsonl, oldest first; a broken line is a ValueError that names it."""
+        path = self.runs / f"{name}.jsonl"
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); remove that line") from error
+
+    def find(self, experiment: Experiment) -> dict[str, Any] | None:
+        """The record of a run, if it was made."""
+        return next((r for r in self.records(experiment.experiment) if r["run_id"] == experiment.run_id), None)

@@ -1,0 +1,187 @@
+"""Experiments and their records: settings in, one line out, nothing twice, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sppkit import experiment, networks, state
+from sppkit.compact import compact
+from sppkit.cost import flop_ratio
+from sppkit.data import ImageData, load
+from sppkit.experiment import baseline, run, run_all
+from sppkit.records import Experiment, Places, expand
+from sppkit.train import OutOfTime
+
+IDENTITY = ("experiment", "network", "dataset", "method", "seed", "baseline_id", "device", "torch", "revision")
+RESULTS = ("flop_ratio_target", "flop_ratio", "acc_baseline", "acc_pruned", "acc_final", "steps", "seconds")
+REQUIRED = (*IDENTITY, *RESULTS, "settings", "precision")
+SMALL = Experiment(
+    "small", batch_size=16, baseline_steps=30, baseline_milestones=(20,), interval=1, prune_steps=400, retrain_steps=6,
+    retrain_milestones=(4,), images=60, points=5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def finished(digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """A root with one record of each method, made once for this file."""
+    places = Places(tmp_path_factory.mktemp("root"), revision="test")
+    for method in ("spp", "cp"):
+        run(replace(SMALL, method=method), digits, places)
+    return places
+
+
+def lines(places: Places, name: str) -> list[dict]:
+    return [json.loads(line) for line in (places.runs / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_a_record_says_all_that_it_must(finished: Places) -> None:
+    spp, cp = lines(finished, "small")
+    for record in (spp, cp, *lines(finished, "baseline")):
+        assert not [key for key in REQUIRED if key not in record]
+        assert record["revision"] == "test"
+        assert Experiment.of(record["settings"]).run_id == record["run_id"]
+    assert spp["method"] == "spp"
+    assert spp["steps"] == spp["notes"]["updates"] - 1 + 6  # an update before each step, the last ends the phase
+    assert cp["steps"] == 6
+    assert [layer["layer"] for layer in cp["notes"]["layers"]] == ["conv2", "conv3"]
+
+
+def test_both_methods_start_from_the_seeds_own_baseline(finished: Places, digits: ImageData) -> None:
+    (base,) = lines(finished, "baseline")
+    network, record = baseline(SMALL, digits, finished)
+    assert record == base
+    assert state.network_id(network) == base["baseline_id"]
+    assert {record["baseline_id"] for record in lines(finished, "small")} == {base["baseline_id"]}
+    assert {record["acc_baseline"] for record in lines(finished, "small")} == {base["acc_final"]}
+
+
+def test_another_seed_has_another_baseline(finished: Places, digits: ImageData, tmp_path: Path) -> None:
+    _, record = baseline(replace(SMALL, seed=1), digits, Places(tmp_path, revision="test"))
+    assert record["baseline_id"] != lines(finished, "baseline")[0]["baseline_id"]
+
+
+def test_the_flop_ratio_is_that_of_a_compact_network(finished: Places) -> None:
+    spp, cp = lines(finished, "small")
+    example = torch.zeros(1, 3, 32, 32)
+    widths = {layer["layer"]: layer["kept"] for layer in cp["notes"]["layers"]}
+    network = networks.create("convnet")
+    for name, kept in widths.items():
+        network.get_submodule(name).weight.data[:, kept:] = 0
+    assert cp["flop_ratio"] == pytest.approx(flop_ratio(network, compact(network), example))
+    assert 2 <= spp["flop_ratio"] < 3
+    assert spp["flop_ratio_whole"] < spp["flop_ratio"]
+
+
+def test_what_is_recorded_is_not_run_again(
+    finished: Places, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "fit", lambda *_, **__: pytest.fail("it was run again"))
+    before = lines(finished, "small")
+    assert [run(replace(SMALL, method=method), digits, finished) for method in ("spp", "cp")] == before
+    assert lines(finished, "small") == before
+
+
+def test_a_stopped_run_ends_like_one_that_was_not(finished: Places, digits: ImageData, tmp_path: Path) -> None:
+    places, stops = Places(tmp_path, revision="test"), 0
+    begin = experiment.time.monotonic
+    while True:
+        try:
+            record = run(SMALL, digits, places, deadline=begin() + 2.0)
+            break
+        except OutOfTime:
+            stops += 1
+            assert stops < 60
+    assert stops > 1
+    whole = lines(finished, "small")[0]
+    same = ("acc_pruned", "acc_final", "flop_ratio", "baseline_id", "steps", "notes", "run_id")
+    assert {key: record[key] for key in same} == {key: whole[key] for key in same}
+    assert not list(places.work.rglob("*.safetensors"))
+
+
+def test_the_trace_of_seed_0_is_kept(finished: Places) -> None:
+    spp = lines(finished, "small")[0]
+    tensors, description = state.load(finished.runs / "traces" / f"{spp['run_id']}.safetensors", kind="trace")
+    assert tensors["probability"].shape == (spp["notes"]["updates"], 75 + 800 + 800)
+    assert description["layers"]["conv2"] == [75, 875]
+    assert (tensors["probability"][-1] == 255).sum() == 38 + 400 + 400
+
+
+def test_a_baseline_that_was_tampered_with_is_refused(digits: ImageData, tmp_path: Path) -> None:
+    places = Places(tmp_path, revision="test")
+    network, _ = baseline(SMALL, digits, places)
+    (path,) = places.checkpoints.iterdir()
+    network.linear.bias.data += 1
+    state.save_network(network, path)
+    with pytest.raises(ValueError, match="is not the network that its record describes"):
+        baseline(SMALL, digits, places)
+
+
+def test_a_list_is_a_product_with_seeds_outermost(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    content = {"defaults": {"experiment": "e", "seed": [0, 1]}, "runs": [{"flop_ratio": [4, 2]}, {"method": "cp"}]}
+    path.write_text(json.dumps(content))
+    found = [(e.seed, e.method, e.flop_ratio) for e in expand(path)]
+    assert found == [(s, m, r) for s in (0, 1) for m, r in (("spp", 4), ("spp", 2), ("cp", 2.0))]
+
+
+def test_the_committed_lists_can_be_read() -> None:
+    paths = list((Path(__file__).parent.parent / "data" / "experiments").glob("*.json"))
+    assert paths
+    assert all(expand(path) for path in paths)
+
+
+def test_run_all_ends_at_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = Places(tmp_path, revision="test")
+    assert list(run_all([SMALL], places, device=torch.device("cpu"), minutes=0)) == []
+    assert "run the same command again" in capsys.readouterr().out
+
+
+def test_equal_numbers_have_equal_ids() -> None:
+    assert replace(SMALL, flop_ratio=4).run_id == replace(SMALL, flop_ratio=4.0).run_id
+    assert replace(SMALL, flop_ratio=4).run_id != replace(SMALL, flop_ratio=2).run_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "magic"}, "method='magic' must be one of baseline, spp, cp"),
+        ({"flop_ratio": 1.0}, r"flop_ratio=1\.0 must be above 1"),
+        ({"flop_ratio": float("nan")}, "flop_ratio=nan must be above 1"),
+        ({"speed": 3}, "unknown setting 'speed'; an experiment has"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Experiment.of({"experiment": "e", **settings})
+
+
+def test_too_few_steps_are_an_error_with_the_state_of_each_layer(digits: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="5 steps were too few to prune; raise prune_steps"):
+        run(replace(SMALL, prune_steps=5), digits, Places(tmp_path, revision="test"))
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    places.runs.mkdir(parents=True)
+    (places.runs / "e.jsonl").write_text('{"run_id": "1"}\n{"run_id": \n')
+    with pytest.raises(ValueError, match=r"e\.jsonl, line 2 is not JSON"):
+        list(places.records("e"))
+
+
+def test_notebooks_write_below_build(tmp_root: Path) -> None:
+    (tmp_root / "data" / "runs").mkdir(parents=True)
+    (tmp_root / "notebooks").mkdir()
+    places = Places.of("quick")
+    assert (places.root, places.data) == (tmp_root / "build" / "quick", tmp_root / "data")
+    with pytest.raises(ValueError, match="profile='fast' must be 'quick' or 'paper'"):
+        Places.of("fast")
