@@ -1,14 +1,11 @@
 """The command line: `python -m sppkit check | data | run | bench | figures | report`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import pandas as pd
 import torch
 from packaging.requirements import Requirement
 
@@ -62,9 +59,6 @@ def run(options: argparse.Namespace) -> int:
     if options.list and given:
         raise ValueError(f"give a list or settings, not both (found --{next(iter(given))} beside {options.list})")
     planned = expand(options.list) if options.list else [Experiment.of({"experiment": "own", **given})]
-    if options.dry_run:
-        print(pd.DataFrame(map(vars, planned))[["method", "network", "dataset", "flop_ratio", "seed"]].to_string())
-        return 0
     places, done = Places(options.root, options.data, options.revision), 0
     device = data.resolve_device(options.device)
     for done, r in enumerate(experiment.run_all(planned, places, device=device, minutes=options.minutes), 1):
@@ -124,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("list", nargs="?", type=Path, help="a list of experiments, such as data/experiments/*.json")
     sub.add_argument("--minutes", type=float, help="stop after this long, saved; the same command goes on")
     sub.add_argument("--revision", help="recorded as the source's revision; git is asked otherwise")
-    sub.add_argument("--dry-run", action="store_true", help="print what would be run")
     for field in fields(Experiment):
         kind, flag = str(field.type), f"--{field.name.replace('_', '-')}"
         if kind.startswith("tuple"):

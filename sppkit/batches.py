@@ -1,7 +1,5 @@
 """Batches (B, 3, H, W) of the images (N, H, W, 3) on the device: cropped, mirrored and normalised."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
@@ -21,7 +19,7 @@ class Normalise:
     std: Tensor
 
     @classmethod
-    def of(cls, split: Split, kind: str) -> Normalise:
+    def of(cls, split: Split, kind: str) -> "Normalise":
         """Of kind "channel" (mean and std of each channel) or "mean_image" (the mean image, std 1)."""
         if kind not in ("channel", "mean_image"):
             raise ValueError(f'kind={kind!r} must be "channel" or "mean_image"')
@@ -29,8 +27,7 @@ class Normalise:
             mean = split.images.sum(0).permute(2, 0, 1) / len(split)  # (3, H, W)
             return cls(mean, torch.ones_like(mean[:, :1, :1]))
         std, mean = torch.std_mean(split.images.float(), (0, 1, 2), correction=0)  # (3,) each
-        std = torch.where(std > 0, std, 1)  # a constant channel is only centred
-        return cls(mean.view(3, 1, 1), std.view(3, 1, 1))
+        return cls(mean.view(3, 1, 1), torch.where(std > 0, std, 1).view(3, 1, 1))  # a constant one is only centred
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (B, 3, H, W)
@@ -40,9 +37,8 @@ class Normalise:
 class Batches:
     """Batches with a random crop and mirror, made to be captured in a CUDA graph.
 
-    An epoch follows from (seed, epoch) alone and is the same on every device; crop and mirror belong to the sample, not
-    to its place in a batch. Samples left over, fewer than a batch, sit the epoch out. All tensors stay where they are:
-    `start_epoch` and `select` copy into them, `batch` only computes on the device.
+    An epoch follows from (seed, epoch) alone, the same on every device; samples left over sit it out. All tensors stay
+    where they are: `start_epoch` and `select` copy into them, `batch` only computes on the device.
     """
 
     split: Split
@@ -60,10 +56,8 @@ class Batches:
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding={self.crop_padding} must be 0 or more pixels")
         self.steps_per_epoch = count // self.batch_size
-        self.augments = self.flip or self.crop_padding > 0
-        self.padded = (
-            F.pad(self.split.images, (0, 0, *[self.crop_padding] * 4)) if self.crop_padding else self.split.images
-        )
+        border = (0, 0, *[self.crop_padding] * 4)
+        self.padded = F.pad(self.split.images, border) if self.crop_padding else self.split.images
         self.rows, self.cols = torch.arange(height, device=device), torch.arange(width, device=device)
         self.order = torch.arange(count, device=device)
         self.offsets = torch.zeros(count, 2, dtype=torch.int64, device=device)  # of a crop: row, column
@@ -75,10 +69,9 @@ class Batches:
         """Draw the epoch's order (N,), crop offsets (N, 2) and flips (N,), and select its first batch."""
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        count = len(self.split)
-        self.order.copy_(torch.randperm(count, generator=generator))
-        self.offsets.copy_(torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator))
-        self.flips.copy_(torch.randint(1 + self.flip, (count,), generator=generator))
+        self.order.copy_(torch.randperm(len(self.split), generator=generator))
+        self.offsets.copy_(torch.randint(2 * self.crop_padding + 1, self.offsets.shape, generator=generator))
+        self.flips.copy_(torch.randint(1 + self.flip, self.flips.shape, generator=generator))
         self.select(0)
 
     def select(self, step: int) -> None:
@@ -89,7 +82,7 @@ class Batches:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) float32, normalised, and y (B,) of the selected samples, on the device."""
-        if not self.augments:
+        if not (self.flip or self.crop_padding):
             return self.normalise(self.split.images.index_select(0, self.index)), self.split.labels[self.index]
         top, left = self.offsets[self.index].split(1, 1)  # (B, 1) each
         cols = torch.where(self.flips[self.index, None], self.cols.flip(0), self.cols)  # (B, W)

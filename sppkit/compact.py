@@ -138,10 +138,8 @@ def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: flo
 
 
 def largest_difference(one: nn.Module, other: nn.Module, example: Tensor) -> float:
-    """Largest absolute difference of two networks' outputs on `example`, over the largest absolute output of `one`.
-
-    In float64 on copies in evaluation mode: TF32 or another order of sums must not hide a mistake.
-    """
+    """Largest difference of two networks' outputs on `example` over the largest output of `one`, in absolute values."""
+    # float64 copies in evaluation mode: TF32 or another order of sums must not hide a mistake
     with torch.inference_mode():
         expected, found = (copy.deepcopy(network).double().eval()(example.double()) for network in (one, other))
     return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))

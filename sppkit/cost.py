@@ -50,12 +50,11 @@ def conv_table(network: nn.Module, example: Tensor) -> pd.DataFrame:
 def summary(network: nn.Module, example: Tensor) -> dict[str, int]:
     """conv_macs, macs (linear layers too), parameters (biases too) and bytes (parameters and buffers as stored)."""
     table = layer_table(network, example)
-    tensors = [*network.parameters(), *network.buffers()]
     return {
         "conv_macs": int(table.loc[table["kind"] == "conv", "macs"].sum()),
         "macs": int(table["macs"].sum()),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "bytes": sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers())),
     }
 
 

@@ -1,11 +1,8 @@
 """Channel Pruning of a chain of convolutions, layer by layer: sample, LASSO selection, least squares.
 
 Inputs X come from the network pruned so far, targets Y from the original (arXiv 1707.06168, section 3.2), so a layer
-also mends what those before it lost. The result is masked: exact zeros for the input channels that a convolution no
-longer reads. `compact.compact` takes them out.
+also mends what those before it lost. The result is masked, with exact zeros that `compact.compact` takes out.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -26,14 +23,7 @@ class _Reached(Exception):
 
 
 def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor:
-    """X (B * points, c * kh * kw): what `conv` multiplies its weight with at output `positions` (B, points).
-
-    A position is row * output width + column. Only these patches are gathered: padding, stride, dilation as in `conv`.
-
-    >>> conv = nn.Conv2d(1, 1, 3, padding=1)
-    >>> sample_patches(torch.ones(1, 1, 4, 4), conv, torch.tensor([[0]])).tolist()
-    [[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]]
-    """
+    """X (B * points, c * kh * kw) that `conv` reads for output `positions` (B, points), row * output width + column."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
     (kh, kw), (dh, dw), (sh, sw), at = conv.kernel_size, conv.dilation, conv.stride, positions[:, :, None, None]
@@ -58,9 +48,9 @@ def sample_layer(
 ) -> tuple[Tensor, Tensor]:
     """Patches X (N, c * kh * kw) and outputs Y (N, n) of one convolution, as `channel_prune` samples them.
 
-    X comes from `network`, Y from `original` (default: the same) before any activation: at `points` positions in each
-    of the prepared images (B, 3, H, W), or all there are, drawn without repetition from `seed`. Both run in evaluation
-    mode and stay as they are. Raises ValueError for a grouped layer or no convolution, misshapen or infinite images.
+    X comes from `network`, Y from `original` (default: the same), both in evaluation mode, before any activation: at
+    `points` distinct positions (at most all) of each prepared image (B, 3, H, W), drawn from `seed`. Raises ValueError
+    for a grouped layer or no convolution, misshapen or infinite images.
 
     >>> X, Y = sample_layer(nn.Sequential(nn.Conv2d(3, 8, 5)), "0", torch.randn(2, 3, 9, 9), points=4)
     >>> X.shape, Y.shape
@@ -68,17 +58,15 @@ def sample_layer(
     """
     network = copy.deepcopy(network).eval()
     original = network if original is None else copy.deepcopy(original).eval()
-    chunks = _chunks(network, original, layer, images, points, seed, batch_size)
-    X, Y = map(torch.cat, zip(*chunks, strict=True))
-    return X, Y
+    X, Y = zip(*_chunks(network, original, layer, images, points, seed, batch_size), strict=True)
+    return torch.cat(X), torch.cat(Y)
 
 
 def widths(network: nn.Module, example: Tensor, flop_ratio: float) -> dict[str, int]:
     """Input channels to keep in each convolution that can lose some, for a FLOP ratio of the whole network.
 
-    One keep fraction for all: channels go one at a time from the layer with the largest fraction left, until the dense
-    over the compact convolutions' MACs reach `flop_ratio`. `example` is (B, C, H, W). Raises ValueError for a ratio of
-    1 or less, or one out of reach (saying how far it can go).
+    One fraction for all: channels go one at a time from the layer with the most left, until the MACs, dense over
+    compact, reach `flop_ratio`. `example` is (B, C, H, W). Raises ValueError for a ratio of 1 or less or out of reach.
 
     >>> from sppkit import networks
     >>> widths(networks.create("convnet"), torch.zeros(1, 3, 32, 32), 2)
@@ -117,11 +105,10 @@ def channel_prune(
 ) -> tuple[nn.Module, pd.DataFrame]:
     """A masked copy of `network` with pruned input channels, and what was done to each convolution.
 
-    Samples, and errors about them, are those of `sample_layer`. Widths come from `flop_ratio` (see `widths`) or from
-    `keep`, layer -> channels. A layer that keeps all is only refitted; one with fewer live channels than asked keeps
-    those (the others are constant: the bias holds them). A convolution without bias gets one. The table has a row a
-    layer: error_before is with the kept channels and old weights, error after the refit, both relative to the variance
-    of the output; alpha and violation are of `lasso.select`. Raises ValueError for layers or widths not to be pruned.
+    Samples are those of `sample_layer`; widths come from `flop_ratio` (see `widths`) or `keep`, layer -> channels. A
+    layer that keeps all is only refitted; one with fewer live channels keeps those. Each gets a bias. Of the table,
+    error_before is with the old weights of the kept channels, error after the refit (see `reconstruct.error`); alpha
+    and violation are of `lasso.select`. Raises ValueError as those do, and for layers or widths not to be pruned.
     """
     if (flop_ratio is None) == (keep is None):
         raise ValueError("give either flop_ratio or keep")
@@ -174,12 +161,10 @@ def _chunks(
     for batch in images.split(batch_size):
         batch = batch.to(conv.weight.device)
         inputs, output = _capture(network, conv, batch)
-        if original is not network:
-            _, output = _capture(original, _convolution(original, layer), batch)
+        output = output if original is network else _capture(original, _convolution(original, layer), batch)[1]
         drawn = torch.rand(len(output), output[0, 0].numel(), generator=generator)
         positions = drawn.topk(min(points, drawn.shape[1])).indices.to(output.device)  # (B, points), distinct
-        image = torch.arange(len(output), device=output.device)[:, None]
-        Y = output.flatten(2).mT[image, positions].flatten(0, 1)  # (B * points, n)
+        Y = output.flatten(2).mT.take_along_dim(positions[:, :, None], 1).flatten(0, 1)  # (B * points, n)
         yield sample_patches(inputs, conv, positions), Y
 
 

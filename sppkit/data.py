@@ -1,7 +1,5 @@
 """Load a data set whole, as uint8 tensors on the device: training then needs no loader process."""
 
-from __future__ import annotations
-
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +14,8 @@ from torch.nn import functional as F
 from torch.types import Device
 from torchvision.datasets import CIFAR10, Imagenette
 
-FOLDERS = {
-    "cifar10": ("cifar-10-batches-py",),
-    "imagenette": ("imagenette2-160", "imagenette2-320", "imagenette2", "imagenette-128"),
-}
+IMAGENETTE = ("imagenette2-160", "imagenette2-320", "imagenette2", "imagenette-128")
+FOLDERS = {"cifar10": ("cifar-10-batches-py",), "imagenette": IMAGENETTE}
 DOWNLOADS = {"cifar10": CIFAR10, "imagenette": partial(Imagenette, size="160px")}
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PathLike = str | Path
@@ -69,10 +65,10 @@ def load(
 ) -> ImageData:
     """Load "digits", "cifar10" or "imagenette", or the folder of images at the path `name`.
 
-    A folder holds train/ and val/ (or test/), each with class folders; or class folders alone, and a fixed, stratified
-    fifth is the test split. `size` is the side in pixels (32 for digits and cifar10, else 128): photographs keep their
-    centre. cifar10 and imagenette lie in `root`, where `download` puts them if absent. Raises FileNotFoundError for
-    absent data, ValueError for damaged data, too few images or an absent device, OSError for a failed download.
+    A folder holds train/ and val/ (or test/), each with class folders, or class folders alone: then a fixed, stratified
+    fifth is the test. `size` is the side in pixels (32 for digits and cifar10, else 128). cifar10 and imagenette lie in
+    `root`, where `download` puts them. Raises FileNotFoundError for absent data, OSError for a failed download,
+    ValueError for damaged data, too few images or an absent device.
 
     >>> load("digits", size=16).train.images.shape
     torch.Size([1438, 16, 16, 3])
@@ -84,15 +80,14 @@ def load(
         try:
             DOWNLOADS[str(name)](root, download=True)
         except Exception as error:  # torchvision lets through what the network, the archive and the disk raise
-            ways = 'check that there is a network and a writable folder, or give root=..., or use "digits"'
+            ways = 'check the network and that the folder is writable, or give root=..., or use "digits"'
             raise OSError(f"cannot download {name} into the folder {str(root)!r} ({error}): {ways}") from error
     if name == "digits":
         from sklearn.datasets import load_digits  # here, because its import takes seconds
 
         digits = load_digits()
-        gray = torch.from_numpy(digits.images * (255 / 16)).round().byte()  # (1797, 8, 8)
-        images = _resize(gray[..., None].expand(-1, -1, -1, 3), size or 32)  # (1797, size, size, 3)
-        train, test = _split(images, torch.from_numpy(digits.target))
+        gray = torch.from_numpy(digits.images * (255 / 16)).round().byte()[..., None].expand(-1, -1, -1, 3)
+        train, test = _split(_resize(gray, size or 32), torch.from_numpy(digits.target))
         classes = tuple("0123456789")
     elif name == "cifar10":
         _find("cifar10", root)  # before a file is unpickled
@@ -127,8 +122,7 @@ def _find(name: str, root: Path) -> Path:
             'that holds it; "digits", which needs no files'
         )
     if name == "cifar10":
-        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-        for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+        for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
             data = (folder / file).read_bytes() if (folder / file).exists() else b""
             if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
                 found = f"{str(folder / file)!r} is missing or damaged: {len(data)} bytes, not of md5 {md5}"
@@ -183,17 +177,14 @@ def _decode(path: Path, size: int) -> np.ndarray:
 
 def _resize(images: Tensor, size: int) -> Tensor:
     """(N, H, H, 3) uint8 -> (N, size, size, 3), bilinear, antialiased when it shrinks."""
-    antialias, chunks = size < images.shape[1], images.permute(0, 3, 1, 2).split(1000)  # the whole is large in float32
-    parts = [
-        F.interpolate(x.float(), (size, size), mode="bilinear", antialias=antialias).round().byte() for x in chunks
-    ]
+    resize = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=size < images.shape[1])
+    parts = [resize(x.float()).round().byte() for x in images.permute(0, 3, 1, 2).split(1000)]  # float32 is large
     return torch.cat(parts).permute(0, 2, 3, 1).contiguous()  # (N, size, size, 3)
 
 
 def _split(images: Tensor, labels: Tensor) -> tuple[Split, Split]:
     """A fixed split, the same on every machine: of each class a fifth, and at least one, goes to the test."""
-    generator = torch.Generator().manual_seed(0)
-    test = torch.zeros(len(labels), dtype=torch.bool)
+    generator, test = torch.Generator().manual_seed(0), torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]  # (members,)
         order = torch.randperm(len(members), generator=generator)

@@ -32,8 +32,7 @@ def run(
 ) -> dict[str, Any]:
     """Run one experiment, or return its record if it is there already. Raises OutOfTime at the deadline.
 
-    Accuracies are in % of the test images: acc_baseline of the seed's baseline, acc_pruned before and acc_final after
-    retraining, this one measured on the compact network. seconds are those of pruning and retraining.
+    Accuracies are in % of the test images, acc_final that of the compact network; seconds of pruning and retraining.
     """
     places = places or Places()
     if (found := places.find(experiment)) is not None:

@@ -5,11 +5,8 @@ Symbols of the paper (arXiv 1707.06168, eqs. 1-2), for N sampled patches, c inpu
   G (c, c)     gram, G_ij = <Z_i, Z_j> / N                        q (c,)    correlation, q_i = <Z_i, Y> / N
   beta (c,)    weight of each contribution; 0 drops the channel   alpha     the paper's lambda, in units of q
 
-Why the Gram matrix suffices:  1/(2N) |Y - sum_i beta_i Z_i|^2 = 1/2 beta'G beta - q'beta + constant.  The LASSO sees
-the samples through G and q alone, so Z (N n rows, c columns) is never formed.
+G and q suffice, and Z is never formed:  1/(2N) |Y - sum_i beta_i Z_i|^2 = 1/2 beta'G beta - q'beta + constant.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -36,9 +33,8 @@ class Selection:
 def path(gram: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
     """Knots of the exact path of argmin 1/2 b'Gb - q'b + alpha |b|_1, from alpha = max |q| down to 0.
 
-    Returns `alphas` (K,), descending, and `betas` (K, c), float64; beta is linear in alpha between knots. A channel
-    without energy stays at 0; of proportional channels only the strongest enters; the input's scale does not matter.
-    Raises ValueError for NaN or infinite entries and for shapes other than (c, c) and (c,).
+    Returns `alphas` (K,) and `betas` (K, c), float64, linear between knots. A channel without energy stays at 0; of
+    proportional ones only the strongest enters. Raises ValueError for NaN, infinity or other shapes than (c, c), (c,).
 
     >>> alphas, betas = path(torch.eye(2), torch.tensor([2.0, -1.0]))
     >>> alphas.tolist(), betas.tolist()
@@ -52,9 +48,9 @@ def path(gram: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
 def select(gram: Tensor, correlation: Tensor, keep: int) -> Selection:
     """The channels of the path's first knot, from large alpha, with exactly `keep` non-zero coefficients.
 
-    If each stretch with `keep` channels ends in one leaving, the middle of the first is taken. `alpha` = max |q - G
-    beta|; `violation` is the largest departure from q_i - (G beta)_i = alpha sign(beta_i) where beta_i is not 0, over
-    max |q|. Raises ValueError as `path` does, and for a width that the path does not reach, saying how far it goes.
+    If each stretch with `keep` channels ends in one leaving, the middle of the first is taken. `violation` is the
+    largest of |q_i - (G beta)_i - alpha sign(beta_i)| over the kept. Raises ValueError as `path` does, and for a width
+    that the path does not reach.
 
     >>> found = select(torch.eye(3), torch.tensor([1.0, 3.0, 2.0]), keep=2)
     >>> found.kept.tolist(), found.beta.tolist(), found.alpha
@@ -97,8 +93,7 @@ def _path(G: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Homotopy: alphas (K,), betas (K, c) and which channels are active between two knots, (K - 1, c).
 
     On a stretch with active channels A and signs s, beta_A = G_AA^-1 (q_A - alpha s), and |q - G beta| <= alpha for the
-    others. Each is solved afresh, so errors do not build up, and ties end in stretches of zero length (`lars_path_gram`
-    carries correlations along and loses the path on ties: 0/1 features, repeated channels).
+    others. Each is solved afresh: no errors build up, ties end in stretches of zero length (`lars_path_gram` fails).
     """
     c, alpha, norm = len(q), float(np.abs(q).max()), np.sqrt(np.diag(G))
     sign = np.where(np.arange(c) == np.abs(q).argmax(), np.sign(q), 0.0)  # 0 off the active set

@@ -1,7 +1,5 @@
 """The networks of both papers, for 32-pixel images, and torchvision's for larger ones; `create(name)` makes each."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,21 +11,14 @@ from torch.nn import functional as F
 
 
 class WithinChannelLRN(nn.Module):
-    """Caffe's local response normalisation inside a channel: x (1 + alpha mean(x²))^-beta over a 3x3 window.
-
-    The mean counts the zero padding, as Caffe's does. Channels do not mix, so a channel can be removed.
-    """
+    """Caffe's response normalisation inside a channel: x (1 + alpha mean(x²))^-beta, over 3x3 with zero padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1 + 5e-5 * F.avg_pool2d(x * x, 3, stride=1, padding=1)) ** -0.75  # alpha 5e-5, beta 0.75
 
 
 class ConvNet(nn.Module):
-    """Caffe's `cifar10_full`, the ConvNet of the SPP paper: three 5x5 convolutions and one linear layer.
-
-    Pooling windows round up (32 -> 16 -> 8 -> 4). The input is raw pixels minus the mean image, not scaled: conv1
-    starts at a standard deviation of 1e-4 and stalls on unit-scale input.
-    """
+    """The SPP paper's ConvNet, Caffe's `cifar10_full`; for raw pixels minus the mean image, stalls on unit scale."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -97,8 +88,7 @@ def resnet(depth: int, *, classes: int = 10, shortcut: str = "A") -> nn.Sequenti
 
 def vgg16(*, classes: int = 10, batch_norm: bool = True) -> nn.Sequential:
     """VGG-16 for 32-pixel images: 13 convolutions of 3x3, five poolings, one linear layer."""
-    layers: list[nn.Module] = []
-    inputs = 3
+    layers, inputs = list[nn.Module](), 3
     for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(count):
             layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=not batch_norm))
@@ -138,8 +128,6 @@ def create(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is not known; choose one of {', '.join(NETWORKS)}")
-    if classes < 1:
-        raise ValueError(f"classes={classes} must be at least 1")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
         network = NETWORKS[name](classes)
@@ -147,9 +135,5 @@ def create(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
 
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions of a network by name, in the order in which they were defined.
-
-    >>> list(convolutions(create("convnet")))
-    ['conv1', 'conv2', 'conv3']
-    """
+    """The convolutions of a network by name, in the order in which they were defined."""
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}

@@ -4,11 +4,7 @@ Symbols of the paper (arXiv 1707.06168, eqs. 1-2), for N sampled patches, c inpu
   X (N, c kh kw)    patches, channel by channel as `weight.flatten(1)`   Y (N, n)      outputs to reproduce
   W (n, c, kh, kw)  weight; W_i (n, kh kw) is what reads channel i       beta (c,)     LASSO coefficients
   A (c kh kw)^2     centred X'X / N                                      B (c kh kw)^2 W'W over the outputs
-
-The samples are read once, in chunks, with memory O((c kh kw + n)^2 + chunk); every width follows without them.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -25,10 +21,6 @@ class Moments:
 
     xtx (d, d), xty (d, n), yty (n,) sum products of deviations from mean_x (d,) and mean_y (n,). Chunks are merged by
     their means (Chan, Golub, LeVeque 1979), so an offset costs no digits.
-
-    >>> moments = Moments().add(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [5.0]]))
-    >>> moments.mean_x.item(), moments.xtx.item(), moments.xty.item()
-    (1.0, 2.0, 4.0)
     """
 
     xty: Tensor
@@ -36,7 +28,7 @@ class Moments:
     def __init__(self) -> None:
         self.count = 0
 
-    def add(self, X: Tensor, Y: Tensor) -> Moments:
+    def add(self, X: Tensor, Y: Tensor) -> "Moments":
         """Take in a chunk and return self; ValueError, and no change, for NaN, infinity or other widths."""
         sound = X.ndim == Y.ndim == 2 and len(X) == len(Y) > 0
         if not sound or (self.count and (X.shape[1], Y.shape[1]) != self.xty.shape):
@@ -69,8 +61,8 @@ class Refit:
 def lasso_problem(moments: Moments, weight: Tensor, *, unit_norm: bool = True) -> tuple[Tensor, Tensor]:
     """Gram (c, c) and correlation (c,) of the contributions Z_i = X_i W_i' (N, n), for `lasso.select`.
 
-    Z is never formed: <Z_i, Z_j> is the sum of the (i, j) block of A * B. Outputs are centred, the paper's intercept.
-    `unit_norm` divides W_i by its Frobenius norm as eq. (2) demands; a channel whose W_i is 0 is dead.
+    <Z_i, Z_j> is the sum of the (i, j) block of A * B, outputs centred. `unit_norm` divides W_i by its Frobenius norm,
+    as eq. (2) demands; a channel whose W_i is 0 is dead. Raises ValueError for another weight than the moments'.
 
     >>> moments = Moments().add(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[2.0], [-2.0]]))
     >>> gram, correlation = lasso_problem(moments, torch.full((1, 2, 1, 1), 2.0))
@@ -87,17 +79,15 @@ def lasso_problem(moments: Moments, weight: Tensor, *, unit_norm: bool = True) -
     W = W.flatten(1)  # (n, c*kk)
     A, B = moments.xtx / moments.count, W.T @ W  # (c*kk, c*kk)
     gram = (A * B).view(c, kk, c, kk).sum((1, 3))  # (c, c)
-    correlation = (moments.xty / moments.count * W.T).view(c, kk, n).sum((1, 2))  # (c,)
-    return gram, correlation
+    return gram, (moments.xty / moments.count * W.T).view(c, kk, n).sum((1, 2))  # and (c,)
 
 
 def refit(moments: Moments, kept: Tensor, kernel: tuple[int, int]) -> Refit:
     """Least squares with intercept of Y on the kept channels' patches: CP step (ii), once.
 
-    Cholesky; where columns are nearly dependent, the eigenvalue pseudo-inverse, of minimum norm. Where counting shows
-    the rank too low (no more samples than unknowns, constant columns), a ridge of `RIDGE` times the largest diagonal
-    keeps to Cholesky, far cheaper, close to minimum norm; `rank` is then what was counted. Raises ValueError for `kept`
-    out of range or repeated, a kernel that does not divide the moments, a constant Y.
+    Cholesky; the minimum-norm pseudo-inverse where columns are nearly dependent. Where counting alone shows the rank
+    too low (few samples, constant columns), a ridge keeps to Cholesky, far cheaper. Raises ValueError for `kept` out
+    of range or repeated, a kernel that does not divide the moments, a constant Y.
 
     >>> moments = Moments().add(torch.tensor([[0.0, 5.0], [4.0, 5.0]]), torch.tensor([[1.0], [9.0]]))
     >>> fit = refit(moments, torch.tensor([0]), (1, 1))
@@ -124,14 +114,7 @@ def refit(moments: Moments, kept: Tensor, kernel: tuple[int, int]) -> Refit:
 
 
 def error(moments: Moments, weight: Tensor, bias: Tensor, kept: Tensor) -> float:
-    """Relative error |Y - Yhat|^2 / |Y - mean Y|^2 of a weight (n, keep, kh, kw) and bias (n,) on the kept channels.
-
-    0 is perfect; 1 is no better than a constant output. Raises ValueError as `refit` does.
-
-    >>> moments = Moments().add(torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]]))
-    >>> error(moments, torch.zeros(1, 1, 1, 1), torch.tensor([2.0]), torch.tensor([0]))
-    1.0
-    """
+    """|Y - Yhat|^2 / |Y - mean Y|^2 of weight (n, keep, kh, kw), bias (n,) on the kept channels; raises as `refit`."""
     columns = _columns(moments, kept, weight.shape[2:])
     W, total = weight.detach().to(moments.xtx).flatten(1).T, float(moments.yty.sum())  # (m, n)
     if total == 0:

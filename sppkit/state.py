@@ -1,7 +1,5 @@
 """Files that are never half written and never a pickle: tensors with a description, and lines of text."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -19,8 +17,6 @@ SCHEMA = 1
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], description: dict[str, Any]) -> None:
     """Write `tensors` and a JSON-able `description`, which must name its "kind"."""
-    if not isinstance(description.get("kind"), str):
-        raise ValueError(f'description={description!r} must have a "kind", such as {{"kind": "network"}}')
     # Cloned, because safetensors refuses tensors that share memory, as tied weights and views do.
     own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     text = json.dumps({**description, "schema": SCHEMA})
@@ -28,10 +24,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], description: dict[str,
 
 
 def load(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the description of a file that `save` wrote.
-
-    Raises FileNotFoundError, or ValueError if it is damaged, of another format (a pickle, say) or kind.
-    """
+    """Tensors on the CPU and description of a file of `save`; FileNotFoundError, ValueError if damaged or another."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}; give the path of a saved {kind}")
@@ -67,8 +60,6 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 def append_line(path: str | Path, line: str) -> None:
     """Append one line, flushed to the disk; a last line that was cut short is ended first."""
-    if "\n" in line:
-        raise ValueError(f"line={line!r} must not hold a newline; append its lines one by one")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         if file.tell():
@@ -93,10 +84,7 @@ def save_network(network: nn.Module, path: str | Path, /, **description: Any) ->
 
 
 def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load a state dict into `network` and return the description; raises what `load` raises.
-
-    Names or shapes of another network are a ValueError, and change nothing.
-    """
+    """Load a state dict into `network`, return the description; raises as `load`, ValueError for another network."""
     tensors, description = load(path, kind="network")
     theirs, ours = ({k: tuple(t.shape) for k, t in d.items()} for d in (tensors, network.state_dict()))
     if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:

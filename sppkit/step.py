@@ -4,8 +4,6 @@ Small networks only wait for kernel launches, so the whole step is recorded once
 anew lives in tensors: the batch's indices, the learning rate, the pruning probabilities, the generators' states.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -53,11 +51,7 @@ class Training:
             raise ValueError(f"lr={self.lr} must be positive")
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0.
-
-        >>> Training(steps=9, lr=1.0, gamma=0.5, milestones=(3, 6)).learning_rate(6)
-        0.25
-        """
+        """The learning rate of a step, counted from 0."""
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * self.gamma ** sum(step >= milestone for milestone in self.milestones)
@@ -65,10 +59,7 @@ class Training:
 
 @dataclass(eq=False, repr=False)
 class TrainingStep:
-    """The network, its optimiser, its batches and the sums of one training run.
-
-    A network's attribute `multipliers` {parameter name: (factor on lr, factor on decay)} is honoured.
-    """
+    """One training run; a network's attribute `multipliers` {parameter: (factor on lr, on decay)} is honoured."""
 
     network: nn.Module
     data: ImageData
@@ -90,9 +81,8 @@ class TrainingStep:
             self.pruner.attach(self.optimizer)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, correct
         self.epoch, self.rate = -1, math.nan
-        self.generator = torch.default_generator  # dropout draws from it
-        if self.device.type == "cuda":
-            self.generator = torch.cuda.default_generators[self.device.index or 0]
+        gpus = torch.cuda.default_generators  # dropout draws from the device's
+        self.generator = gpus[self.device.index or 0] if self.device.type == "cuda" else torch.default_generator
 
     def step(self, step: int) -> None:
         """Train on the batch of `step`, counted from 0."""
@@ -105,8 +95,7 @@ class TrainingStep:
             self.set_rate(rate)
         if self.capture and self.graph is None:
             self.record()
-        body = self.graph.replay if self.graph else self._body
-        body()
+        (self.graph.replay if self.graph else self._body)()
 
     def _body(self) -> None:
         x, y = self.batches.batch()  # (B, 3, H, W), (B,)
@@ -126,15 +115,13 @@ class TrainingStep:
         """Set the learning rate of every parameter group, each with its factor."""
         self.rate = rate
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):  # on a GPU: a float would be baked into the graph
-                group["lr"].fill_(rate * group["lr_factor"])
-            else:
-                group["lr"] = rate * group["lr_factor"]
+            lr, value = group["lr"], rate * group["lr_factor"]
+            group["lr"] = lr.fill_(value) if isinstance(lr, Tensor) else value  # a float is baked into a graph
 
     def record(self) -> None:
         """Capture the step: warm up on a side stream, undo what that did, then record one step."""
-        mutable = [*self.network.parameters(), *self.network.buffers(), *self.momentum().values(), self.totals]
-        kept = [tensor.detach().clone() for tensor in mutable]
+        mutable = [*self._tensors().values()]  # all detached
+        kept = [tensor.clone() for tensor in mutable]
         masks = [] if self.pruner is None else [self.pruner.generator]
         states = [(generator, generator.get_state()) for generator in (*masks, self.generator)]
         stream = torch.cuda.Stream()
@@ -143,9 +130,8 @@ class TrainingStep:
             for _ in range(3):
                 self._body()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():
-            for tensor, value in zip(mutable, kept, strict=True):
-                tensor.copy_(value)
+        for tensor, value in zip(mutable, kept, strict=True):
+            tensor.copy_(value)
         for generator, value in states:
             generator.set_state(value)
         self.graph = torch.cuda.CUDAGraph()
@@ -194,9 +180,8 @@ class TrainingStep:
         own = self._tensors()
         if wrong := [name for name, t in own.items() if name not in tensors or tensors[name].shape != t.shape]:
             raise ValueError(f"{path} belongs to another network (first misfit: {wrong[0]}); delete it to start anew")
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(tensors[name])
+        for name, value in own.items():
+            value.copy_(tensors[name])
         if self.pruner is not None:
             self.pruner.load_state({name: tensors[f"pruner/{name}"] for name in self.pruner.state()})
         self.generator.set_state(tensors["generator"])
