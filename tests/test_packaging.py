@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import sppkit
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch"}  # PyPI's name -> conda-forge's, where they differ
@@ -113,7 +115,7 @@ def test_ci_and_workflow_call_make_test() -> None:
 def test_citation_names_both_papers() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert (citation["version"], citation["license"]) == (sppkit.__version__, PROJECT["license"])
     papers = {each["identifiers"][0]["value"]: each for each in citation["references"]}
     assert set(papers) == {"arXiv:1709.06994", "arXiv:1707.06168"}
     for number, paper in papers.items():
