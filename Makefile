@@ -13,7 +13,7 @@ help:
 	@echo 'make lab         JupyterLab on the notebooks'
 	@echo 'make figures     figures/ redrawn from the recorded runs'
 	@echo 'make notebooks   for maintainers: execute in place the notebooks that a change affects'
-	@echo 'make clean       remove build/ and caches;  make distclean: .venv as well'
+	@echo 'make clean       remove build/ (unfinished runs too) and caches;  make distclean: .venv as well'
 
 # Figures come first: they need no notebook, and the table of notebooks is then the last thing on screen.
 reproduce: $(READY)

@@ -79,10 +79,12 @@ def baseline(
     path, found, settings = places.checkpoints / name, places.find(base), base.phase("baseline")
     begin = time.monotonic()
     if path.exists():
-        state.load_network(network, path)
+        trained_on = state.load_network(network, path).get("image_size", data.image_size)
+        if trained_on != data.image_size:
+            raise ValueError(f"{path} was trained on {trained_on}-pixel images, not {data.image_size}; move it away")
     else:
         fit(network, data, settings, checkpoint=places.work / name, deadline=deadline)
-        state.save_network(network, path, name=base.network, classes=list(data.classes), run_id=base.run_id)
+        state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=data.image_size)
     identity = state.network_id(network)
     if found is None:
         accuracies = dict.fromkeys(("acc_baseline", "acc_pruned", "acc_final"), evaluate(network, data, settings))

@@ -12,7 +12,7 @@ channel at one tap over all filters, is a weight group. Every group has a prunin
     g           (N_c,)   mask of a group, 0 with probability p, drawn anew every iteration
 
 This is the form of the authors' code: groups that are gone (p = 1) leave the ranking, and alpha comes from what
-remains of the target. Algorithm 1 of the paper keeps both fixed, which takes hundreds of times as many updates.
+remains of the target. Algorithm 1 of the paper keeps both fixed, which takes far more updates (notebook 02).
 """
 
 from __future__ import annotations

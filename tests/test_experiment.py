@@ -188,3 +188,8 @@ def test_notebooks_write_below_build(tmp_root: Path) -> None:
     assert (places.root, places.data) == (tmp_root / "build" / "quick", tmp_root / "data")
     with pytest.raises(ValueError, match="profile='fast' must be 'quick' or 'paper'"):
         Places.of("fast")
+
+
+def test_a_baseline_of_another_image_size_is_refused(finished: Places) -> None:
+    with pytest.raises(ValueError, match="was trained on 32-pixel images, not 16; move it away"):
+        baseline(SMALL, load("digits", size=16), finished)
