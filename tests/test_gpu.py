@@ -27,12 +27,22 @@ def weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def test_captured_and_eager_steps_train_alike(digits):
-    eager, captured = make(), make()
-    losses = [train.fit(eager, digits, SETTINGS, capture=False), train.fit(captured, digits, SETTINGS)]
-    moved = weights(eager) - weights(make())
-    assert float((weights(eager) - weights(captured)).norm() / moved.norm()) < 1e-3
-    assert losses[0]["loss"].tolist() == pytest.approx(losses[1]["loss"].tolist(), rel=1e-3)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_captured_and_eager_steps_are_equal_bit_for_bit(digits, pruned):
+    # with deterministic kernels: otherwise two eager runs differ by 0.1 % of the way after 40 steps as well
+    results = []
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        for capture in (False, True):
+            network = make()
+            pruner = Pruner(network, targets(network, flop_ratio=2), interval=4) if pruned else None
+            run = TrainingStep(network, digits, SETTINGS, pruner=pruner, capture=capture)
+            for step in range(SETTINGS.steps):
+                if pruner is not None and step % pruner.interval == 0:
+                    pruner.update()
+                run.step(step)
+            results.append((weights(network), run.totals.clone()))
+    assert float((results[0][0] - weights(make())).norm()) > 0
+    assert all(torch.equal(eager, captured) for eager, captured in zip(*results, strict=True))
 
 
 def test_warming_up_and_capturing_leave_no_trace_in_the_weights(digits):
