@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     planned = expand(options.list) if options.list else [Experiment.of({"experiment": "own", **given})]
     places, done = Places(options.root, options.data, options.revision), 0
     device = data.resolve_device(options.device)
-    for done, r in enumerate(experiment.run_all(planned, places, device=device, minutes=options.minutes), 1):
+    how = {"device": device, "minutes": options.minutes, "jobs": options.jobs, "fuse": options.fuse}
+    for done, r in enumerate(experiment.run_all(planned, places, **how), 1):
         what = f"{r['run_id']} {r['network']} {r['method']} seed {r['seed']}: FLOP ratio {r['flop_ratio']:.2f}"
         accuracies = f"{r['acc_baseline']:.2f} -> {r['acc_pruned']:.2f} -> {r['acc_final']:.2f} %"
         print(f"{done}/{len(planned)} {what}, {accuracies}, {r['seconds']:.0f} s", flush=True)
@@ -73,8 +74,8 @@ def bench_command(options: argparse.Namespace) -> None:
     device = data.resolve_device(options.device)
     images = data.load(options.dataset, root=options.data, device=device)
     print(f"{experiment.device_name(device)}, torch {torch.__version__}, data on the device: {images.name}")
-    frame = bench.training_speed(images, batch_size=options.batch_size, steps=options.steps)
-    print(frame.round({"images_per_s": 0, "spread": 0}).round(4).to_string(index=False))
+    frame = bench.training_speed(images, batch_size=options.batch_size, steps=options.steps, fuse=options.fuse)
+    print(frame.round({"images_per_s": 0, "spread": 0, "slower": 1}).round(4).to_string(index=False))
     print("captured: the step replayed as a CUDA graph" if device.type == "cuda" else "no GPU: only the eager step")
 
 
@@ -112,11 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.add_argument("--dataset", default="cifar10", help="cifar10, or digits where that is absent")
     sub.add_argument("--batch-size", type=int, default=128)
-    sub.add_argument("--steps", type=int, default=390, help="steps a round")
+    sub.add_argument("--steps", type=int, default=bench.INTERVAL, help="steps a round")
+    sub.add_argument("--fuse", action="store_true", help="compile the networks of the captured steps")
     sub = add("run", run)
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.add_argument("list", nargs="?", type=Path, help="a list of experiments, such as data/experiments/*.json")
     sub.add_argument("--minutes", type=float, help="stop after this long, saved; the same command goes on")
+    sub.add_argument("--jobs", type=int, default=1, help="experiments that share the GPU")
+    sub.add_argument("--fuse", action="store_true", help="compile the networks (torch.compile) for speed on a GPU")
     sub.add_argument("--revision", help="recorded as the source's revision; git is asked otherwise")
     for field in fields(Experiment):
         kind, flag = str(field.type), f"--{field.name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""Training speed: the captured step beside the eager one, on the same data, in one run."""
+"""Training speed: the captured step beside the eager one and beside a step that prunes, in one run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ import pandas as pd
 
 from sppkit import networks
 from sppkit.data import ImageData
+from sppkit.plan import make_plan
+from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep, precision_flags
 
+IMAGES: dict[str, Any] = {"normalise": "channel", "crop_padding": 4, "flip": True}
 SOLVERS: dict[str, dict[str, Any]] = {
     "convnet": {"lr": 1e-3, "normalise": "mean_image"},
-    "resnet56": {"lr": 0.02, "normalise": "channel", "crop_padding": 4, "flip": True},
+    "resnet56": {"lr": 0.02, **IMAGES},
+    "vgg16-bn": {"lr": 0.02, **IMAGES},
 }
 NETWORKS = tuple(SOLVERS)
+INTERVAL = 180  # t of SPP; a round has that many steps, so that each holds one update
 
 
-def training_speed(data: ImageData, *, batch_size: int = 128, steps: int = 390, rounds: int = 4) -> pd.DataFrame:
+def training_speed(
+    data: ImageData, *, batch_size: int = 128, rounds: int = 4, steps: int = INTERVAL, fuse: bool = False
+) -> pd.DataFrame:
     """Images per second of whole training steps (data, augmentation, forward, backward, SGD) and the loss by round.
 
-    One row a network and mode: "eager" and, on a GPU (in bf16), "captured", interleaved, from the same weights and data
-    order. images_per_s is the median of the rounds after the first, spread their range, loss_k the mean of round k.
+    One row a network and mode, interleaved, from the same weights and data order: "eager" and, on a GPU (in bf16),
+    "captured" and "pruning", captured too, with SPP's masks and an update a round. images_per_s is the median of the
+    rounds after the first, spread their range, slower the time of a step over the captured one's less 1, in %; loss_k
+    the mean of round k. `fuse` compiles the networks of the captured modes.
     """
     device, rows = data.train.images.device, []
     gpu = device.type == "cuda"
@@ -30,14 +39,19 @@ def training_speed(data: ImageData, *, batch_size: int = 128, steps: int = 390, 
     for name in NETWORKS:
         settings = Training(steps=steps * rounds, batch_size=batch_size, precision=precision, **SOLVERS[name])
         runs = {}
-        for mode in ("eager", "captured") if gpu else ("eager",):
+        for mode in ("eager", "captured", "pruning") if gpu else ("eager",):
             network = networks.create(name, classes=len(data.classes)).to(device)
-            runs[mode] = TrainingStep(network, data, settings, capture=mode == "captured")
+            example = data.train.images[:1].permute(0, 3, 1, 2).float()
+            pruner = Pruner(network, make_plan(network, example, flop_ratio=2)) if mode == "pruning" else None
+            captured = mode != "eager"
+            runs[mode] = TrainingStep(network, data, settings, pruner=pruner, capture=captured, fuse=fuse and captured)
         with precision_flags(device, settings):
             for turn in range(rounds):
                 for mode, run in runs.items():
                     begin = time.perf_counter()
                     for step in range(turn * steps, (turn + 1) * steps):
+                        if run.pruner is not None and step % INTERVAL == 0:
+                            run.pruner.update()
                         run.step(step)
                     loss = run.read(step + 1, steps)["loss"]  # this waits for the device
                     rows.append((name, mode, turn + 1, steps * batch_size / (time.perf_counter() - begin), loss))
@@ -45,5 +59,8 @@ def training_speed(data: ImageData, *, batch_size: int = 128, steps: int = 390, 
     later = frame[frame["round"] > 1]  # the first round warms up and captures
     speed = later.groupby(["network", "mode"], sort=False)["images_per_s"]
     losses = frame.pivot(index=["network", "mode"], columns="round", values="loss").add_prefix("loss_")
-    table = pd.DataFrame({"images_per_s": speed.median(), "spread": speed.max() - speed.min()}).join(losses)
-    return table.reset_index().assign(batch=batch_size, precision=precision, rounds=rounds - 1)
+    table = pd.DataFrame({"images_per_s": speed.median(), "spread": speed.max() - speed.min()}).reset_index()
+    plain = table[table["mode"] == table["mode"].iloc[-1 if not gpu else 1]].set_index("network")["images_per_s"]
+    table["slower"] = 100 * (table["network"].map(plain) / table["images_per_s"] - 1)
+    table = table.join(losses, on=["network", "mode"])
+    return table.assign(batch=batch_size, precision=precision, rounds=rounds - 1)

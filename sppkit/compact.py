@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,9 +58,9 @@ class ColumnConv2d(nn.Module):
 
 @dataclass
 class Flow:
-    """Where the channels of one convolution go: its consumers, and the BatchNorms on the way."""
+    """Where the channels of one convolution go: consumers (linear layers by way of flatten, too) and BatchNorms."""
 
-    mixed: bool  # they must stay: the convolution is grouped, or a sum, a concatenation, a linear layer reads them
+    mixed: bool  # they must stay: the convolution is grouped, or a sum, a concatenation or the output reads them
     consumers: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
 
@@ -88,15 +89,20 @@ def flows(network: nn.Module) -> dict[str, Flow]:
     return found
 
 
-def _follow(network: nn.Module, node: fx.Node, flow: Flow) -> None:
+def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False) -> None:
     flow.mixed |= not node.users
     for user in node.users:
         module = network.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
+        flattens = (isinstance(module, nn.Flatten) and module.start_dim == 1) or (
+            user.target in (torch.flatten, "flatten") and 1 in (*user.args[1:2], user.kwargs.get("start_dim"))
+        )
+        if isinstance(module, nn.Linear) if flat else isinstance(module, nn.Conv2d) and module.groups == 1:
             flow.consumers.append(str(user.target))
         elif isinstance(module, CHANNELWISE) or (module is None and user.target in CHANNELWISE_FUNCTIONS):
             flow.norms += [str(user.target)] if isinstance(module, nn.BatchNorm2d) else []
-            _follow(network, user, flow)
+            _follow(network, user, flow, flat=flat)
+        elif flattens and not flat:
+            _follow(network, user, flow, flat=True)
         else:
             flow.mixed = True
 
@@ -108,8 +114,9 @@ def channel_links(network: nn.Module) -> dict[str, str]:
     >>> channel_links(networks.create("convnet"))
     {'conv2': 'conv1', 'conv3': 'conv2'}
     """
-    found = flows(network).items()
-    return {flow.consumers[0]: name for name, flow in found if len(flow.consumers) == 1 and not flow.mixed}
+    found, convs = flows(network).items(), convolutions(network)
+    chains = {name: flow.consumers[0] for name, flow in found if len(flow.consumers) == 1 and not flow.mixed}
+    return {consumer: name for name, consumer in chains.items() if consumer in convs}
 
 
 def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: float = 1e-9) -> nn.Module:
@@ -146,10 +153,11 @@ def largest_difference(one: nn.Module, other: nn.Module, example: Tensor) -> flo
 
 
 def _remove_channels(network: nn.Module, producer: str, flow: Flow) -> None:
-    convs = convolutions(network)
-    conv, consumers = convs[producer], [convs[name] for name in flow.consumers]
+    conv = convolutions(network)[producer]
+    readers = [network.get_submodule(name) for name in flow.consumers]
     norms = [network.get_submodule(name) for name in flow.norms]
-    alive = torch.stack([consumer.weight.ne(0).any((0, 2, 3)) for consumer in consumers]).any(0)  # (C,)
+    weights = [cast(Tensor, reader.weight).unflatten(1, (conv.out_channels, -1)) for reader in readers]  # (O, C, ...)
+    alive = torch.stack([weight.ne(0).transpose(0, 1).flatten(1).any(1) for weight in weights]).any(0)  # (C,)
     if alive.all():
         return
     alive[0] |= not alive.any()  # a convolution needs one channel
@@ -158,9 +166,10 @@ def _remove_channels(network: nn.Module, producer: str, flow: Flow) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.dim():  # not a BatchNorm's count of batches
                 tensor.data = tensor.data[kept]
-    for consumer in consumers:
-        consumer.weight.data = consumer.weight.data[:, kept]
-        consumer.in_channels = len(kept)
+    for reader, weight in zip(readers, weights, strict=True):
+        smaller = weight.data[:, kept].flatten(1, 2)
+        cast(Tensor, reader.weight).data = smaller
+        setattr(reader, "in_channels" if isinstance(reader, nn.Conv2d) else "in_features", smaller.shape[1])
     for norm in norms:
         norm.num_features = len(kept)  # type: ignore[assignment]
     conv.out_channels = len(kept)

@@ -6,10 +6,12 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +19,56 @@ import torch
 from torch import nn
 
 from sppkit import cost, cp, networks, state
-from sppkit.batches import Normalise
+from sppkit.batches import Normalise, evaluation
 from sppkit.compact import compact
 from sppkit.data import ImageData, load
-from sppkit.pruner import Pruner, targets
+from sppkit.methods import taylor_scores
+from sppkit.plan import make_plan
+from sppkit.pruner import Pruner
 from sppkit.records import Experiment, Places
-from sppkit.train import OutOfTime, evaluate, fit
+from sppkit.step import precision_flags
+from sppkit.train import OutOfTime, evaluate, exhaust, renew_statistics, training
 
-Pruned = tuple[nn.Module, Pruner | None, dict[str, Any]]  # network, its masks, and notes for the record
+Stages = Generator[None, None, dict[str, Any]]
+# A method's network, its masks, and notes for the record
+Pruned = Generator[None, None, tuple[nn.Module, Pruner | None, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How training is carried out; no result depends on it."""
+
+    deadline: float | None = None  # `time.monotonic()` value
+    fuse: bool = False
+    jobs: int = 1
+
+    def __call__(self, checkpoint: Path) -> dict[str, Any]:
+        return {"checkpoint": checkpoint, "deadline": self.deadline, "fuse": self.fuse}
 
 
 def run(
-    experiment: Experiment, data: ImageData, places: Places | None = None, *, deadline: float | None = None
+    experiment: Experiment, data: ImageData, places: Places | None = None, *, limits: Limits | None = None
 ) -> dict[str, Any]:
     """Run one experiment, or return its record if it is there already. Raises OutOfTime at the deadline.
 
     Accuracies are in % of the test images, acc_final that of the compact network; seconds of pruning and retraining.
     """
-    places = places or Places()
+    return exhaust(stages(experiment, data, places or Places(), limits or Limits()))
+
+
+def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limits) -> Stages:
+    """`run` as a generator that yields after every training step."""
     if (found := places.find(experiment)) is not None:
         return found
-    network, base = baseline(experiment, data, places, deadline=deadline)
+    data = data.hold_out(experiment.holdout) if experiment.holdout else data
+    network, base = yield from _baseline(experiment, data, places, limits)
     if experiment.method == "baseline":
         return base
     example = Normalise.of(data.train, experiment.normalise)(data.test.images[:64])  # (64, 3, H, W)
     dense, settings, work = cost.summary(network, example), experiment.phase("retrain"), places.work / experiment.run_id
-    pruned, pruner, notes = METHODS[experiment.method](network, data, experiment, work, deadline)
-    history = fit(pruned, data, settings, pruner=pruner, checkpoint=work / "retrain.safetensors", deadline=deadline)
+    method = _cp if experiment.method == "cp" else _train_masks
+    pruned, pruner, notes = yield from method(network, data, experiment, work, limits)
+    history = yield from training(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
     small = compact(pruned, example)
     left = cost.summary(small, example)
     if pruner is not None and experiment.seed == 0:  # one seed's trajectory is enough for the notebooks' pictures
@@ -61,6 +86,7 @@ def run(
         "baseline_id": base["baseline_id"],
         "steps": notes.pop("steps", 0) + experiment.retrain_steps,
         "seconds": round(notes.pop("seconds") + history["seconds"].iloc[-1], 1),
+        "jobs": limits.jobs,
         "notes": notes,
     }
     record = _record(experiment, data, places, results)
@@ -70,9 +96,15 @@ def run(
 
 
 def baseline(
-    experiment: Experiment, data: ImageData, places: Places, *, deadline: float | None = None
+    experiment: Experiment, data: ImageData, places: Places, *, limits: Limits | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The seed's own trained network and its record, from data/checkpoints/ or trained now."""
+    return exhaust(_baseline(experiment, data, places, limits or Limits()))
+
+
+def _baseline(
+    experiment: Experiment, data: ImageData, places: Places, limits: Limits
+) -> Generator[None, None, tuple[nn.Module, dict[str, Any]]]:
     base = experiment.baseline()
     network = networks.create(base.network, classes=len(data.classes), seed=base.seed).to(data.train.images.device)
     name = f"{base.network}-{Path(base.dataset).name}-seed{base.seed}-{base.run_id}.safetensors".replace("/", "-")
@@ -83,7 +115,7 @@ def baseline(
         if trained_on != data.image_size:
             raise ValueError(f"{path} was trained on {trained_on}-pixel images, not {data.image_size}; move it away")
     else:
-        fit(network, data, settings, checkpoint=places.work / name, deadline=deadline)
+        yield from training(network, data, settings, **limits(places.work / name))
         state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=data.image_size)
     identity = state.network_id(network)
     if found is None:
@@ -95,28 +127,42 @@ def baseline(
     return network, found
 
 
-def _spp(network: nn.Module, data: ImageData, plan: Experiment, work: Path, deadline: float | None) -> Pruned:
-    """Masks by SPP until every layer is at its target; retrained with the masks that are left."""
-    pruner = Pruner(network, targets(network, flop_ratio=plan.flop_ratio), interval=plan.interval, seed=plan.seed)
-    done, settings = work / "pruned.safetensors", plan.phase("prune")
+def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner:
+    """The pruner of an experiment's settings."""
+    example = Normalise.of(data.train, plan.normalise)(data.test.images[:1])
+    amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=plan.rule)
+    names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale", "seed")
+    pruner = Pruner(network, amounts, **{name: getattr(plan, name) for name in names})
+    if plan.method == "taylor":  # on the first ten batches' worth of training images, in order
+        batches = list(islice(evaluation(data.train, Normalise.of(data.train, plan.normalise), plan.batch_size), 10))
+        pruner.score = lambda: taylor_scores(network, pruner.groups, batches)
+    return pruner
+
+
+def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, work: Path, limits: Limits) -> Pruned:
+    """Masks while the network trains, until the plan is reached; retrained with the masks that are left."""
+    pruner, done, settings = make_pruner(network, data, plan), work / "pruned.safetensors", plan.phase("prune")
     if done.exists():  # the run was stopped while it retrained
         tensors, description = state.load(done, kind="pruned")
         pruner.load_state(tensors)
         network.load_state_dict({name: tensors[f"network/{name}"] for name in network.state_dict()})
         return network, pruner, description["notes"]
-    limits: dict[str, Any] = {"checkpoint": work / "prune.safetensors", "deadline": deadline}
-    history = fit(network, data, settings, pruner=pruner, stop=lambda: pruner.finished, **limits)
+    history = yield from training(network, data, settings, pruner=pruner, **limits(work / "prune.safetensors"))
     table, last = pruner.table(), history.iloc[-1]
     if not pruner.finished:
         raise RuntimeError(f"{settings.steps} steps were too few to prune; raise prune_steps. So far:\n{table}")
     notes = {"steps": int(last["step"]), "seconds": last["seconds"], "acc_pruned": evaluate(network, data, settings)}
-    notes |= {"updates": pruner.updates, "recovered": int(table["recovered"].sum())}
+    notes |= {"updates": pruner.updates, "recovered": int(table["recovered"].sum()), "planned": pruner.plan.reached}
+    notes["pruned"] = dict(zip(table["layer"], table["pruned"].tolist(), strict=True))
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        renew_statistics(network, data, settings)
+        notes["acc_renewed"] = evaluate(network, data, settings)
     weights = {f"network/{name}": value for name, value in network.state_dict().items()}
     state.save(done, weights | pruner.state(), {"kind": "pruned", "notes": notes})
     return network, pruner, notes
 
 
-def _cp(network: nn.Module, data: ImageData, plan: Experiment, work: Path, deadline: float | None) -> Pruned:
+def _cp(network: nn.Module, data: ImageData, plan: Experiment, work: Path, limits: Limits) -> Pruned:
     """Channels by LASSO and least squares from training images; compact at once, retrained as a smaller network."""
     begin, seed = time.monotonic(), plan.seed
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
@@ -125,23 +171,68 @@ def _cp(network: nn.Module, data: ImageData, plan: Experiment, work: Path, deadl
     masked, table = cp.channel_prune(network, images, flop_ratio=plan.flop_ratio, points=plan.points, seed=seed)
     accuracy = evaluate(masked, data, plan.phase("retrain"))
     notes = {"seconds": time.monotonic() - begin, "acc_pruned": accuracy, "layers": table.to_dict("records")}
+    yield
     return compact(masked, images[:64]), None, notes
 
 
-METHODS: dict[str, Callable[[nn.Module, ImageData, Experiment, Path, float | None], Pruned]] = {"spp": _spp, "cp": _cp}
-
-
 def run_all(
-    experiments: Iterable[Experiment], places: Places, *, device: torch.device, minutes: float | None = None
+    experiments: Iterable[Experiment],
+    places: Places,
+    *,
+    device: torch.device,
+    minutes: float | None = None,
+    jobs: int = 1,
+    fuse: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Run experiments in order and yield each record; ends early at the time limit, to be called again."""
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    """Run experiments and yield each record as it is made; ends early at the time limit, to be called again.
+
+    jobs: how many share the GPU, each on a stream of its own, a training step of each in turn; all of one precision.
+    Small networks only wait for kernel launches, so eight together take a good third of the time of eight in a row.
+    """
+    planned, limits = (
+        list(experiments),
+        Limits(None if minutes is None else time.monotonic() + 60 * minutes, fuse, jobs),
+    )
+    bases = {base.run_id: base for base in (experiment.baseline() for experiment in planned)}
+    if jobs > 1 and len({experiment.precision for experiment in planned}) > 1:
+        raise ValueError(f"jobs={jobs} needs one precision for all experiments; run them apart, or with jobs=1")
     images = cache(lambda dataset: load(dataset, root=places.data, device=device))
-    try:
-        for experiment in experiments:
-            yield run(experiment, images(experiment.dataset), places, deadline=deadline)
-    except OutOfTime as error:
-        print(f"time is up: {experiment.run_id} {error}; run the same command again to go on")
+    with precision_flags(device, planned[0].phase("retrain")) if jobs > 1 else nullcontext():
+        for part in (list(bases.values()), planned) if jobs > 1 else (planned,):  # shared baselines first
+            waiting = [stages(experiment, images(experiment.dataset), places, limits) for experiment in part]
+            for record in _together(waiting, jobs, device):
+                if part is planned:
+                    yield record
+            if waiting:  # out of time
+                return
+
+
+def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Advance `jobs` generators in turn, each on a stream of its own, and yield what they return.
+
+    Takes them out of `waiting`; what is left there was not begun.
+    """
+    gpu, late = device.type == "cuda", ""
+    slots: dict[int, Stages] = {}
+    streams = [torch.cuda.Stream(device) if gpu and jobs > 1 else None for _ in range(jobs)]
+    while waiting or slots:
+        for slot in range(jobs):
+            if slot not in slots and waiting and not late:
+                slots[slot] = waiting.pop(0)
+            if slot not in slots:
+                continue
+            try:
+                with torch.cuda.stream(streams[slot]) if streams[slot] else nullcontext():
+                    next(slots[slot])
+            except StopIteration as end:
+                del slots[slot]
+                yield end.value
+            except OutOfTime as error:
+                waiting.append(slots.pop(slot))
+                late = str(error)
+        if late and not slots:
+            print(f"time is up: {late}; run the same command again to go on")
+            return
 
 
 def device_name(device: torch.device) -> str:

@@ -1,88 +1,120 @@
-"""SPP inside a training loop: masks for the columns of many convolutions at once.
+"""Pruning inside a training loop: masks for the weight groups of many layers at once.
 
-The weights of all pruned convolutions are views of one flat tensor, so a training step needs one draw and one mask,
-whatever the depth, and no host synchronisation: it can be captured in a CUDA graph.
+The weights of all pruned layers are views of one flat tensor, so a training step needs one draw and one mask, whatever
+the depth, and no host synchronisation: it can be captured in a CUDA graph. With a loop of one's own:
 
-    pruner = Pruner(network, targets(network, flop_ratio=4))
-    every `interval` steps:      pruner.update()            SPP eq. (3), (4)
-    every step:                  pruner.before()            draw masks, mask the weights: SPP eq. (2)
-                                 loss.backward()
-                                 pruner.after()             unmask; masked groups get no gradient and lose momentum
-                                 optimizer.step()           weight decay still acts on every weight
+    pruner = attach(network, example, flop_ratio=2)       # after network.to(device), before the optimiser's first step
+    for x, y in loader:
+        pruner.before()                                   # update when due (eqs. 3, 4), draw masks, mask (eq. 2)
+        loss(network(x), y).backward()
+        pruner.after(optimizer)                           # unmask; masked groups get no gradient and lose momentum
+        optimizer.step()                                  # weight decay still acts on every weight
+    small = compact(network, example)                     # once pruner.finished
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from sppkit import spp
-from sppkit.networks import convolutions
+from sppkit import methods, spp
+from sppkit.plan import Plan, make_plan
+
+VIEWS = ("sampled", "expected", "threshold", "unmasked")
+GRADIENTS = ("exact", "unmasked")
 
 
-def targets(network: nn.Module, *, flop_ratio: float, layers: list[str] | None = None) -> dict[str, int]:
-    """Columns to prune in each convolution (or in `layers`), the same ratio R = 1 - 1/flop_ratio in all.
+def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str = "column", **options: Any) -> Pruner:
+    """A pruner for a network of one's own, every convolution by the same ratio; `options` are those of `Pruner`.
 
-    >>> from sppkit import networks
-    >>> targets(networks.create("convnet"), flop_ratio=4)
-    {'conv1': 57, 'conv2': 600, 'conv3': 600}
+    >>> import torchvision
+    >>> from sppkit.compact import compact
+    >>> from sppkit.cost import flop_ratio
+    >>> network, x = torchvision.models.resnet18(num_classes=3), torch.randn(4, 3, 32, 32)
+    >>> pruner = attach(network, x, flop_ratio=2, interval=1, A=0.5)
+    >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    >>> while not pruner.finished:
+    ...     pruner.before()
+    ...     nn.functional.cross_entropy(network(x), torch.tensor([0, 1, 2, 0])).backward()
+    ...     pruner.after(optimizer)
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> round(flop_ratio(network, compact(network, x), x), 2)
+    2.0
     """
-    if not flop_ratio > 1:
-        raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
-    found = _named(network, layers)
-    return {name: spp.target_count(1 - 1 / flop_ratio, conv.weight[0].numel()) for name, conv in found.items()}
+    return Pruner(network, make_plan(network, example, flop_ratio=flop_ratio, kind=kind), **options)
 
 
 @dataclass(eq=False, repr=False)
 class Pruner:
-    """Prunes columns of convolutions by SPP while the network trains; make it when the network is on its device.
+    """Prunes the groups of a plan while the network trains; make it when the network is on its device.
 
-    Weights keep their values under a mask; a group at p = 1 is zero for good. A layer is finished when `target` groups
-    are at 1; its survivors' p is then set to 0. Raises ValueError for a layer, target or weights that cannot be pruned.
+    Weights keep their values under a mask; a group that is gone is zero for good. A layer at its target keeps its
+    survivors (p = 0); with a FLOP ratio in the plan all ends when the network reaches it. Raises ValueError for
+    settings out of range and weights that are not finite.
     """
 
-    network: nn.Module  # the weights of its pruned convolutions become views of one flat tensor
-    targets: Mapping[str, int]  # groups (columns) to prune, by layer name
+    network: nn.Module  # the weights of its pruned layers become views of one flat tensor
+    plan: Plan
     _: KW_ONLY
-    interval: int = 180  # t, training steps between two updates (`sppkit.train.fit` counts them)
+    method: str = "spp"  # one of `methods.METHODS`
+    interval: int = 180  # t, training steps between two updates (`before` and `sppkit.train.fit` count them)
+    rounds: int = 150  # updates of the methods that remove a planned share at each
     A: float = 0.05  # SPP eq. (3), like u
     u: float = 0.25
+    form: str = "adaptive"  # or "literal", see `spp`
+    gradient: str = "exact"  # of the layers' inputs; "unmasked": through the unmasked weights, as in the authors' code
+    rescale: bool = False  # survivors times 1 - p when their layer is finished, as the authors' code of 2017 does
     seed: int = 0  # of the masks' own generator
+    score: Callable[[], Tensor] | None = None  # importance (G,) where it is not the L1 norm of a group
 
     def __post_init__(self) -> None:
-        if not self.targets:
-            raise ValueError("targets is empty: name at least one convolution to prune")
-        if self.interval < 1:
-            raise ValueError(f"interval={self.interval} must be at least 1 step")
-        self.targets = dict(self.targets)
-        self.convs = _named(self.network, self.targets)
-        for name, conv in self.convs.items():
-            columns, target = conv.weight[0].numel(), self.targets[name]
-            if conv.groups != 1:
-                raise ValueError(f"layer {name!r} has groups={conv.groups}; its columns cannot be pruned, leave it out")
-            if not 0 < target < columns:
-                raise ValueError(f"target={target} of layer {name!r} must lie in 1 to {columns - 1}")
-            if not bool(conv.weight.isfinite().all()):
+        spp.check(A=self.A, u=self.u, form=self.form)
+        if self.interval < 1 or self.rounds < 1:
+            raise ValueError(f"interval={self.interval} and rounds={self.rounds} must be at least 1")
+        if self.method not in methods.METHODS or self.gradient not in GRADIENTS:
+            known = f"one of {', '.join(methods.METHODS)}, and gradient={self.gradient!r} one of {', '.join(GRADIENTS)}"
+            raise ValueError(f"method={self.method!r} must be {known}")
+        self.groups = groups = self.plan.groups
+        self.slices = groups.slices  # of the flat group axis
+        self._parameters = [module.weight for module in groups.modules.values()]
+        for name, weight in zip(groups.modules, self._parameters, strict=True):
+            if not bool(weight.isfinite().all()):
                 raise ValueError(f"the weights of layer {name!r} hold NaN or infinite values; nothing was pruned")
-        self._parameters = weights = [conv.weight for conv in self.convs.values()]
-        device, elements = weights[0].device, sum(w.numel() for w in weights)
-        groups = [w[0].numel() for w in weights]
-        parts = [slice(end - count, end) for count, end in zip(groups, accumulate(groups), strict=True)]
-        self.slices = dict(zip(self.convs, parts, strict=True))  # of the flat group axis
-        self.probability = torch.zeros(sum(groups), device=device)  # (G,)
+        device, elements = self._parameters[0].device, sum(w.numel() for w in self._parameters)
+        G = groups.count
+        self._p = torch.zeros(G + 2, device=device)  # of the groups; of "always kept"; of "not there", which is 1
+        self._p[-1] = 1
+        self.probability = self._p[:G]  # (G,), a view
+        self.gone = torch.zeros(G, dtype=torch.bool, device=device)  # for good
         self.trace: list[Tensor] = []  # probabilities after each update, (G,) on the CPU
+        self.finished, self._steps = False, 0
+        self._strength = torch.full((1,), methods.SSL_STRENGTH, device=device)  # 0 once the pruner is finished
         self.generator = torch.Generator(device).manual_seed(self.seed)
-        flat = torch.zeros(5, elements, device=device, dtype=weights[0].dtype)
+        flat = torch.zeros(5, elements, device=device, dtype=self._parameters[0].dtype)
         self._weight, self._kept, self._gradient, self._momentum, self._mask = flat
-        self._group_of = torch.empty(elements, dtype=torch.int64, device=device)
-        for part, ids in zip(parts, self._views(self._group_of), strict=True):
-            ids.copy_(torch.arange(part.start, part.stop).view(ids.shape[1:]))  # (C, kh, kw) to (O, C, kh, kw)
-        for weight, view, gradient in zip(weights, self._views(self._weight), self._views(self._gradient), strict=True):
+        self._draws, self._keep = torch.zeros(2, G + 2, device=device, dtype=flat.dtype)
+        self._columns, self._rows = torch.empty(2, elements, dtype=torch.int32, device=device)
+        for ids, where, by_row in ((self._columns, groups.columns, False), (self._rows, groups.rows, True)):
+            for view, name in zip(self._views(ids), groups.modules, strict=True):
+                view.copy_(groups.spread(where[name], view, rows=by_row))
+        self._own = self._rows if groups.kind == "filter" else self._columns
+        longest, goal = max(groups.sizes.values()), []
+        self._layers = torch.full((len(groups.sizes), longest), G + 1, device=device)  # (L, N) indices of groups
+        for row, (name, part) in zip(self._layers, groups.slices.items(), strict=True):
+            row[: groups.sizes[name]] = torch.arange(part.start, part.stop)
+            goal.append(self.plan.targets[name] + longest - groups.sizes[name])
+        self._target = torch.tensor(goal, device=device)  # (L,), with those that are not there
+        parts = zip(self._parameters, self._views(self._weight), self._views(self._gradient), strict=True)
+        for weight, view, gradient in parts:
             view.copy_(weight.detach())
             weight.data, weight.grad = view, gradient
 
@@ -95,37 +127,112 @@ class Pruner:
         """Make the optimiser's momentum buffers of the pruned weights views of one flat tensor, values kept."""
         for weight, view in zip(self._parameters, self._views(self._momentum), strict=True):
             state = optimizer.state[weight]
-            if state.get("momentum_buffer") is not None:
-                view.copy_(state["momentum_buffer"])
-            state["momentum_buffer"] = view
+            if (buffer := state.get("momentum_buffer")) is None or buffer.data_ptr() != view.data_ptr():
+                view.zero_() if buffer is None else view.copy_(buffer)
+                state["momentum_buffer"] = view
 
     def before(self) -> None:
+        """In a loop of one's own, at the start of every step: update when it is due, then mask."""
+        if self._steps % self.interval == 0 and not self.finished:
+            self.update()
+        self._steps += 1
+        self.mask()
+
+    def after(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """In a loop of one's own, after the backward pass: unmask. `optimizer`: whose momentum is to be cleared."""
+        if optimizer is not None:
+            self.attach(optimizer)
+        for weight, view in zip(self._parameters, self._views(self._gradient), strict=True):
+            if weight.grad is None or weight.grad.data_ptr() != view.data_ptr():  # zero_grad() dropped it
+                view.zero_() if weight.grad is None else view.copy_(weight.grad)
+                weight.grad = view
+        self.unmask()
+
+    def mask(self) -> None:
         """Draw a mask for every group and mask the weights in place. SPP eq. (2)."""
-        keep = spp.draw(self.probability, self.generator)
-        torch.index_select(keep.to(self._mask.dtype), 0, self._group_of, out=self._mask)
+        torch.ge(self._draws.uniform_(generator=self.generator), self._p, out=self._keep)
+        torch.index_select(self._keep, 0, self._columns, out=self._mask)
+        if self.groups.kind == "filter":
+            self._mask.mul_(self._keep.index_select(0, self._rows))
         self._kept.copy_(self._weight)
         self._weight.mul_(self._mask)
 
-    def after(self) -> None:
-        """Give masked weights their values back; clear their gradients and their momentum."""
+    def restore(self) -> None:
+        """Give masked weights their values back, before the backward pass for `gradient="unmasked"`."""
         self._weight.copy_(self._kept)
-        self._gradient.mul_(self._mask)
-        self._momentum.mul_(self._mask)
+
+    def unmask(self) -> None:
+        """Give masked weights their values back; clear their gradients and their momentum."""
+        if self.method == "ssl":  # its penalty: strength · w / |w_group|
+            norm = self._p.new_zeros(self._p.shape).index_add_(0, self._own, self._kept.square()).sqrt_()
+            self._gradient.addcmul_(self._kept / norm.clamp_min_(1e-12)[self._own], self._strength)
+        self.restore()
+        torch._foreach_mul_([self._gradient, self._momentum], [self._mask, self._mask])
+
+    def importance(self) -> Tensor:
+        """L1 norm of each group's own weights as they are now, unmasked, (G,); or what `score` gives."""
+        if self.score is not None:
+            return self.score()
+        sums = self._p.new_zeros(self._p.shape, dtype=self._weight.dtype)
+        return sums.index_add_(0, self._own, self._weight.abs())[: self.groups.count]
 
     def update(self) -> None:
-        """Move every unfinished layer's probabilities by SPP eq. (3) and (4), ranked by its weights as they are now."""
-        seen = []
-        for name, target in self.targets.items():
-            p, importance = self.probability[self.slices[name]], spp.column_importance(self.convs[name].weight)
-            try:
-                p.copy_(spp.update(p, importance, target, A=self.A, u=self.u))
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}, update {self.updates + 1}: {error}") from error
-            seen.append(p.to("cpu", copy=True))
-            if self.pruned(name) == target:
-                p.copy_(p == 1)  # survivors stay
-        self.trace.append(torch.cat(seen))
-        self._weight.masked_fill_((self.probability == 1)[self._group_of], 0.0)
+        """Move the probabilities by the method, ranked by the weights as they are now; see `methods`."""
+        importance = self.importance()
+        if not bool(importance.isfinite().all()):
+            bad = next(n for n, part in self.slices.items() if not importance[part].isfinite().all())
+            where = f"layer {bad!r}, step {self.updates * self.interval}"
+            raise FloatingPointError(f"{where}: weights are NaN or infinite; lower lr or go back to a checkpoint")
+        seen = methods.METHODS[self.method].update(self, importance)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(self._p, 0)  # rounding on another machine must not lead to other masks
+        self.trace.append(seen.to("cpu", copy=True))
+
+    def remove(self, gone: np.ndarray, *, last: bool) -> None:
+        """Take groups (G,) out for good; with `last`, the rest stay and the pruner is finished."""
+        self.gone |= torch.from_numpy(gone).to(self.gone.device)
+        self.probability.masked_fill_(self.gone, 1.0)
+        if last:
+            self.probability.copy_(self.gone)
+            self._strength.zero_()
+            self.finished = True
+        alive = torch.cat([~self.gone, self.gone.new_ones(2)])
+        self._weight.mul_(alive[self._columns] & alive[self._rows])
+
+    def keep(self, done: Tensor) -> None:
+        """Let the survivors (p < 1) among the groups `done` (G,) stay: p = 0; weights times 1 - p with `rescale`."""
+        survivors = done & (self.probability < 1)
+        if self.rescale:
+            share = torch.cat([torch.where(survivors, 1 - self.probability, 1.0), self._p.new_ones(2)])
+            self._weight.mul_(share[self._own])
+        self.probability.masked_fill_(survivors, 0.0)
+
+    def layer_rows(self, values: Tensor, fill: float) -> Tensor:
+        """Values (G,) by layer, (L, N), filled up."""
+        return torch.cat([values, values.new_zeros(1), values.new_full((1,), fill)])[self._layers]
+
+    @contextmanager
+    def view(self, kind: str) -> Iterator[None]:
+        """The network for a look at it while it is being pruned, its weights given back afterwards.
+
+        "sampled": one draw of the masks, as a training step has them; "expected": weights times 1 - p; "threshold":
+        groups with p below 0.5; "unmasked": all that are not gone. ValueError for another kind.
+        """
+        if kind not in VIEWS:
+            raise ValueError(f"view {kind!r} must be one of {', '.join(VIEWS)}")
+        stays, kept, random = 1 - self._p, self._weight.clone(), self.generator.get_state()
+        if kind == "sampled":
+            stays = (torch.rand(stays.shape, generator=self.generator, device=stays.device) >= self._p).float()
+        elif kind == "threshold":
+            stays = (self._p < 0.5).float()
+        elif kind == "unmasked":
+            stays = torch.cat([~self.gone, self.gone.new_ones(2)]).float()
+        try:
+            self._weight.mul_(stays[self._columns] * stays[self._rows])
+            yield
+        finally:
+            self._weight.copy_(kept)
+            self.generator.set_state(random)
 
     @property
     def updates(self) -> int:
@@ -135,21 +242,18 @@ class Pruner:
     @property
     def settings(self) -> dict[str, object]:
         """What a saved state must agree with to be taken up."""
-        return {"targets": self.targets, "interval": self.interval, "A": self.A, "u": self.u}
+        names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale")
+        plan = {"kind": self.groups.kind, "targets": self.plan.targets, "flop_ratio": self.plan.flop_ratio}
+        return plan | {name: getattr(self, name) for name in names}
 
     def pruned(self, name: str) -> int:
         """Groups of layer `name` that are gone for good."""
-        return int((self.probability[self.slices[name]] == 1).sum())
-
-    @property
-    def finished(self) -> bool:
-        """Whether every layer has reached its target."""
-        return all(self.pruned(name) == target for name, target in self.targets.items())
+        return int(self.gone[self.slices[name]].sum())
 
     def table(self) -> pd.DataFrame:
         """One row a layer: groups, target, pruned, and how many rose above p = 0.5 and came back (recovered)."""
         rows = []
-        for name, target in self.targets.items():
+        for name, target in self.plan.targets.items():
             p = self.state()["trace"][:, self.slices[name]]  # (updates, N_c)
             p = p[: int(((p == 1).sum(1) < target).sum()) + 1]  # up to the update that finished the layer
             back = ((p > 0.5).any(0) & (p[-1:] < 0.5).any(0)).sum()
@@ -157,24 +261,20 @@ class Pruner:
         return pd.DataFrame(rows, columns=["layer", "groups", "target", "pruned", "recovered"])
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on: probabilities, their history (one row an update) and the generator's state."""
-        trace = torch.stack(self.trace) if self.trace else torch.zeros(0, len(self.probability))
-        return {"probability": self.probability, "trace": trace, "generator": self.generator.get_state()}
+        """Everything needed to go on: probabilities and their history (a row an update), counts, the generator."""
+        trace = torch.stack(self.trace) if self.trace else torch.zeros(0, self.groups.count)
+        counts = torch.tensor([int(self.finished), self._steps])
+        own = {"probability": self.probability, "gone": self.gone, "trace": trace, "counts": counts}
+        return own | {"generator": self.generator.get_state()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a `state()` of a pruner of the same network and targets."""
-        found, expected = len(state["probability"]), len(self.probability)
+        """Take up a `state()` of a pruner of the same network and plan; ValueError for one of another network."""
+        found, expected = len(state["probability"]), self.groups.count
         if found != expected:
             raise ValueError(f"the saved pruning state has {found} groups, this network {expected}")
         self.probability.copy_(state["probability"])
+        self.gone.copy_(state["gone"])
+        self.finished, self._steps = bool(state["counts"][0]), int(state["counts"][1])
+        self._strength.mul_(not self.finished)
         self.generator.set_state(state["generator"].cpu())
         self.trace = list(state["trace"].cpu())
-
-
-def _named(network: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Conv2d]:
-    """The convolutions `names` of a network, all where that is None."""
-    found = convolutions(network)
-    for name in names or ():
-        if name not in found:
-            raise ValueError(f"layer {name!r} is not a convolution of this network; it has {', '.join(found)}")
-    return found if names is None else {name: found[name] for name in names}

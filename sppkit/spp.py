@@ -11,8 +11,9 @@ channel at one tap over all filters, is a weight group. Every group has a prunin
     alpha, N    ()       decay of the curve and its centre, from A, u and the target
     g           (N_c,)   mask of a group, 0 with probability p, drawn anew every iteration
 
-This is the form of the authors' code: groups that are gone (p = 1) leave the ranking, and alpha comes from what
-remains of the target. Algorithm 1 of the paper keeps both fixed, which takes far more updates (notebook 02).
+Two forms. "adaptive", the authors' code: groups that are gone (p = 1) leave the ranking, and alpha comes from what
+remains of the target. "literal", Algorithm 1 of the paper: ranks of all groups and alpha of the whole target
+throughout, which takes far more updates (notebook 02).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+FORMS = ("adaptive", "literal")
+
 
 def increment(rank: Tensor | float, remaining: int, *, A: float = 0.05, u: float = 0.25) -> Tensor:
     """Change of the pruning probability at one update, SPP eq. (3), with alpha = ln(2/u) / remaining.
@@ -31,15 +34,25 @@ def increment(rank: Tensor | float, remaining: int, *, A: float = 0.05, u: float
     reach p = 1. Returns float64 like `rank`: A at 0, u·A at N = -ln(u) / alpha (the centre of symmetry), 0 at
     `remaining`, negative beyond. Raises ValueError for remaining < 1, A outside (0, 1] or u outside (0, 1).
 
-    >>> increment(torch.tensor([0, 10, 15]), 10)
-    tensor([ 0.0500,  0.0000, -0.0457], dtype=torch.float64)
+    >>> increment(torch.tensor([0, 5, 15]), 10)
+    tensor([ 0.0500,  0.0177, -0.0457], dtype=torch.float64)
     """
     if remaining < 1:
         raise ValueError(f"remaining={remaining} must be at least 1; a layer at its target needs no update")
+    check(A=A, u=u)
+    return _increment(torch.as_tensor(rank, dtype=torch.float64), torch.tensor(remaining), A, u)
+
+
+def check(*, A: float, u: float, form: str = "adaptive") -> None:
+    """Raise ValueError for A outside (0, 1], u outside (0, 1) or another form."""
     if not 0 < A <= 1 or not 0 < u < 1:
         raise ValueError(f"A={A} must lie in (0, 1] and u={u} in (0, 1); the paper uses A=0.05, u=0.25")
-    r = torch.as_tensor(rank, dtype=torch.float64)
-    alpha = math.log(2 / u) / remaining
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}")
+
+
+def _increment(r: Tensor, remaining: Tensor, A: float, u: float) -> Tensor:
+    alpha = math.log(2 / u) / remaining.to(r.device, torch.float64)
     centre = -math.log(u) / alpha  # N
     falling = A * torch.exp(-alpha * r)
     # exp would overflow far beyond the target near the end; the clamp to [0, 1] of eq. (4) makes both the same
@@ -47,19 +60,39 @@ def increment(rank: Tensor | float, remaining: int, *, A: float = 0.05, u: float
     return torch.where(r <= centre, falling, rising)  # SPP eq. (3)
 
 
-def update(probability: Tensor, importance: Tensor, target: int, *, A: float = 0.05, u: float = 0.25) -> Tensor:
-    """New pruning probabilities of one layer, SPP eq. (3) and (4) in the remaining-target form.
+def advance(
+    p: Tensor, importance: Tensor, target: Tensor, *, A: float = 0.05, u: float = 0.25, form: str = "adaptive"
+) -> Tensor:
+    """SPP eq. (3) and (4) for many layers at once, without a check and without waiting for the device.
 
-    probability: (N_c,) in [0, 1]; groups at 1 stay there and leave the ranking.
+    p and importance are (L, N), target (L,); a layer with fewer than N groups is filled up with p = 1 and infinite
+    importance, and these count in its target. Returns the new p (L, N), the same in a layer at its target.
+    """
+    gone = p == 1
+    missing = (target - gone.sum(1))[:, None]  # (L, 1), to prune yet
+    remaining = missing if form == "adaptive" else (target - importance.isinf().sum(1))[:, None]
+    score = importance.masked_fill(gone, torch.inf) if form == "adaptive" else importance
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1).double()  # (L, N), 0 the least important
+    moved = (p.double() + _increment(rank, remaining.clamp(min=1), A, u)).clamp(0, 1)  # SPP eq. (4)
+    return torch.where(gone | (missing <= 0), p, moved.to(p.dtype))
+
+
+def update(
+    probability: Tensor, importance: Tensor, target: int, *, A: float = 0.05, u: float = 0.25, form: str = "adaptive"
+) -> Tensor:
+    """New pruning probabilities of one layer, SPP eq. (3) and (4).
+
+    probability: (N_c,) in [0, 1]; groups at 1 stay there, and leave the ranking in the adaptive form.
     importance: (N_c,) finite, larger is more important; only its order counts, ties by position.
     target: groups to prune in this layer, 0 to N_c. Other input is a ValueError.
 
-    Returns a new tensor like `probability`, the same values once `target` groups are at 1. No more than `target` ever
-    reach 1: only ranks below the remaining target gain probability.
+    Returns a new tensor like `probability`, the same values once `target` groups are at 1. In the adaptive form no more
+    than `target` ever reach 1: only ranks below the remaining target gain probability.
 
     >>> update(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 2.0, 1.0]), target=2)
     tensor([1.0000, 0.5000, 0.0500])
     """
+    check(A=A, u=u, form=form)
     if probability.dim() != 1 or probability.shape != importance.shape:
         shapes = f"probability {tuple(probability.shape)} and importance {tuple(importance.shape)}"
         raise ValueError(f"{shapes} must both be (N_c,)")
@@ -69,22 +102,8 @@ def update(probability: Tensor, importance: Tensor, target: int, *, A: float = 0
         raise ValueError(f"{bad} of {len(importance)} importances are NaN or infinite; check the weights")
     if not 0 <= target <= len(probability):
         raise ValueError(f"target={target} must lie in 0 to {len(probability)}, the number of groups")
-    alive = probability < 1
-    if (remaining := target - int((~alive).sum())) <= 0:
-        return probability.clone()
-    rank = importance[alive].argsort(stable=True).argsort()  # (N_alive,)
-    p = probability.to(torch.float64, copy=True)
-    p[alive] = (p[alive] + increment(rank, remaining, A=A, u=u)).clamp(0, 1)  # SPP eq. (4)
-    return p.to(probability.dtype)
-
-
-def column_importance(weight: Tensor) -> Tensor:
-    """L1 norm of each column: weight (O, C, kh, kw) -> (C·kh·kw,), in the order of `weight.flatten(1)`.
-
-    >>> column_importance(torch.ones(4, 2, 1, 1))
-    tensor([4., 4.])
-    """
-    return weight.detach().abs().sum(0).flatten()
+    goal = torch.tensor([target], device=probability.device)
+    return advance(probability[None], importance[None], goal, A=A, u=u, form=form)[0]
 
 
 def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -67,9 +67,13 @@ class TrainingStep:
     _: KW_ONLY
     pruner: Pruner | None = None
     capture: bool = True
+    fuse: bool = False  # the network's small kernels, by torch.compile
 
     def __post_init__(self) -> None:
         self.network.train()
+        self.forward = torch.compile(self.network) if self.fuse else self.network
+        if self.pruner is not None and self.pruner.gradient == "unmasked" and self.settings.precision == "bf16":
+            raise ValueError("gradient='unmasked' needs precision='float32' or 'tf32': bf16 keeps masked copies")
         settings, train = self.settings, self.data.train
         self.device = train.images.device
         self.capture &= self.device.type == "cuda"
@@ -100,13 +104,15 @@ class TrainingStep:
     def _body(self) -> None:
         x, y = self.batches.batch()  # (B, 3, H, W), (B,)
         if self.pruner is not None:
-            self.pruner.before()
+            self.pruner.mask()
         with autocast(self.device, self.settings):
-            logits = self.network(x)  # (B, classes)
+            logits = self.forward(x)  # (B, classes)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.settings.label_smoothing)
+        if self.pruner is not None and self.pruner.gradient == "unmasked":
+            self.pruner.restore()
         loss.backward()
         if self.pruner is not None:
-            self.pruner.after()
+            self.pruner.unmask()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # a captured step needs its gradients to stay where they are
         self.totals += torch.stack((loss.detach(), (logits.argmax(1) == y).float().mean()))
@@ -124,7 +130,10 @@ class TrainingStep:
         kept = [tensor.clone() for tensor in mutable]
         masks = [] if self.pruner is None else [self.pruner.generator]
         states = [(generator, generator.get_state()) for generator in (*masks, self.generator)]
-        stream = torch.cuda.Stream()
+        # A stream of this run's own: kernels captured on one stream share scratch memory, and two graphs that use
+        # it at the same time hang.
+        own = torch.cuda.current_stream() != torch.cuda.default_stream()
+        stream = torch.cuda.current_stream() if own else torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -137,7 +146,7 @@ class TrainingStep:
         self.graph = torch.cuda.CUDAGraph()
         for generator in masks:
             self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self._body()
 
     def momentum(self) -> dict[str, Tensor]:

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from sppkit import state
-from sppkit.batches import Normalise, evaluation
+from sppkit.batches import Batches, Normalise, evaluation
 from sppkit.data import ImageData
 from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep, autocast, precision_flags
 
 SAVE_EVERY = 600  # seconds between checkpoints
+Result = TypeVar("Result")
 
 
 class OutOfTime(Exception):
@@ -39,6 +42,7 @@ def fit(
     checkpoint: Path | None = None,
     deadline: float | None = None,
     capture: bool = True,
+    fuse: bool = False,
 ) -> pd.DataFrame:
     """Train `network`, on the device of `data`, in place and return its history.
 
@@ -47,12 +51,38 @@ def fit(
     checkpoint: file to resume from if it exists; written at the deadline and every ten minutes, removed at the end.
     deadline: `time.monotonic()` value after which the run saves its checkpoint and raises `OutOfTime`.
     capture: on a GPU, replay the step as a CUDA graph; False runs it eagerly.
+    fuse: compile the network with torch.compile: faster on a GPU, after half a minute.
 
     A row an epoch: step (steps done), lr, loss, accuracy (%, on the training batches as they came), seconds.
     FloatingPointError if loss or weights stop being finite; ValueError if they never were, or for another run's file.
     """
+    return exhaust(training(**locals()))
+
+
+def exhaust(generator: Generator[None, None, Result]) -> Result:
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def training(
+    network: nn.Module,
+    data: ImageData,
+    settings: Training,
+    *,
+    pruner: Pruner | None = None,
+    stop: Callable[[], bool] | None = None,
+    checkpoint: Path | None = None,
+    deadline: float | None = None,
+    capture: bool = True,
+    fuse: bool = False,
+) -> Generator[None, None, pd.DataFrame]:
+    """`fit` as a generator that yields after every step, so that several runs can share a GPU."""
     state.check_finite(dict(network.named_parameters()), "the weights before training")
-    run = TrainingStep(network, data, settings, pruner=pruner, capture=capture)
+    run = TrainingStep(network, data, settings, pruner=pruner, capture=capture, fuse=fuse)
     length, first, history = run.batches.steps_per_epoch, 0, list[dict[str, float]]()
     quiet = True if os.environ.get("CI") else None  # None: quiet unless a terminal is attached
     devices = [run.device] if run.device.type == "cuda" else []
@@ -76,6 +106,7 @@ def fit(
                 if stop and stop():
                     break
             run.step(step)
+            yield
             done = step + 1
             if done % length == 0:
                 history.append(run.read(done, length) | {"seconds": time.monotonic() - begin})
@@ -86,6 +117,24 @@ def fit(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return pd.DataFrame(history)
+
+
+def renew_statistics(network: nn.Module, data: ImageData, settings: Training, *, batches: int = 100) -> None:
+    """Take every BatchNorm's mean and variance anew, as averages over training batches without masks."""
+    drawn = {key: getattr(settings, key) for key in ("batch_size", "seed", "crop_padding", "flip")}
+    source = Batches(data.train, normalise=Normalise.of(data.train, settings.normalise), **drawn)
+
+    def inputs() -> Iterator[Tensor]:
+        for number in range(batches):
+            epoch, position = divmod(number, source.steps_per_epoch)
+            if position == 0:
+                source.start_epoch(epoch)
+            source.select(position)
+            yield source.batch()[0]
+
+    device = data.train.images.device
+    with precision_flags(device, settings), autocast(device, settings):
+        update_bn(inputs(), network)
 
 
 def evaluate(network: nn.Module, data: ImageData, settings: Training) -> float:

