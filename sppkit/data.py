@@ -1,6 +1,7 @@
 """Load a data set whole, as uint8 tensors on the device: training then needs no loader process."""
 
 import hashlib
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,12 @@ def resolve_device(name: Device) -> torch.device:
         here = f'"auto" or what torch {torch.__version__} finds here ({", ".join(present)})'
         raise ValueError(f"device={str(name)!r} is absent; use {here}, or install a CUDA build of torch")
     return torch.device(wanted)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's architecture and torch's thread count."""
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def load(

@@ -133,7 +133,7 @@ def _positions(pruner: Pruner, importance: Tensor) -> np.ndarray:
 def cut(pruner: Pruner, order: np.ndarray, *, flop_ratio: float | None = None) -> tuple[np.ndarray, bool]:
     """The groups (G,) that go when they are taken in ascending `order`, and whether this reaches the FLOP ratio.
 
-    Those gone already are in it; infinity never goes. It comes as near to the FLOP ratio (the plan's) as a group allows.
+    Those gone already are in it; infinity never goes. It ends as near to the FLOP ratio (the plan's) as it can.
     """
     gone, wanted = pruner.gone.cpu().numpy().copy(), flop_ratio or pruner.plan.flop_ratio
     candidates = [i for i in np.argsort(order, kind="stable") if np.isfinite(order[i]) and not gone[i]]

@@ -1,125 +1,17 @@
-"""Experiments and their records: the same settings and seed are the same run, kept as one line of JSON."""
+"""Recorded runs, one line of JSON each in data/runs/, and the tables made from them."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sppkit import methods
-from sppkit.step import Training
+import pandas as pd
 
-METHODS = ("baseline", "cp", *methods.METHODS)
-# Settings that came after the first records: they enter a run's id only where they differ from their default
-LATER = ("kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout")
-SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
+from sppkit.methods import METHODS
 
-
-@dataclass(frozen=True)
-class Experiment:
-    """One network, pruned once. Steps are iterations; ratios are convolution MACs, dense over compact."""
-
-    experiment: str
-    network: str = "convnet"
-    dataset: str = "digits"
-    method: str = "spp"  # one of METHODS
-    flop_ratio: float = 2.0  # target
-    seed: int = 0
-    batch_size: int = 100
-    momentum: float = 0.9
-    weight_decay: float = 0.004
-    precision: str = "float32"
-    normalise: str = "mean_image"
-    crop_padding: int = 0
-    flip: bool = False
-    baseline_steps: int = 70_000
-    baseline_lr: float = 1e-3
-    baseline_milestones: tuple[int, ...] = (60_000, 65_000)
-    prune_steps: int = 32_400  # all of them: once the plan is reached, the masks stay as they are
-    prune_lr: float = 1e-3
-    kind: str = "column"  # of the groups, see `groups`; CP always prunes channels
-    rule: str = "uniform"  # of the plan, see `plan`
-    interval: int = 180  # t of SPP; the settings to `rescale` are those of `pruner.Pruner`
-    rounds: int = 150
-    A: float = 0.05
-    u: float = 0.25
-    form: str = "adaptive"
-    gradient: str = "exact"
-    rescale: bool = False
-    retrain_steps: int = 25_000
-    retrain_lr: float = 1e-3
-    retrain_milestones: tuple[int, ...] = (15_000, 20_000)
-    images: int = 5_000  # CP: training images sampled
-    points: int = 10  # CP: positions an image
-    holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}")
-        if self.method != "baseline" and not self.flop_ratio > 1:
-            raise ValueError(f"flop_ratio={self.flop_ratio} must be above 1; 2 means half the multiply-accumulates")
-        if self.method == "taylor" and self.kind != "filter":
-            raise ValueError(f"method='taylor' scores filters; set kind='filter', not {self.kind!r}")
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> Experiment:
-        """From a JSON object; an unknown name is a ValueError."""
-        known = {f.name for f in fields(cls)}
-        if unknown := settings.keys() - known:
-            raise ValueError(f"unknown setting {min(unknown)!r}; an experiment has {', '.join(sorted(known))}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return cls(**values)
-
-    def baseline(self) -> Experiment:
-        """The training run that this experiment starts from; pruning settings do not enter it."""
-        # prune_steps as it was when the first baselines were recorded: their ids stay what they are
-        names = (
-            "network",
-            "dataset",
-            "seed",
-            "holdout",
-            *SHARED,
-            "baseline_steps",
-            "baseline_lr",
-            "baseline_milestones",
-        )
-        kept: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return Experiment(experiment="baseline", method="baseline", flop_ratio=1.0, prune_steps=60_000, **kept)
-
-    def phase(self, name: str) -> Training:
-        """Solver settings of a phase: "baseline", "prune" or "retrain". Each shuffles with a seed of its own."""
-        return Training(
-            steps=getattr(self, f"{name}_steps"),
-            lr=getattr(self, f"{name}_lr"),
-            milestones=getattr(self, f"{name}_milestones", ()),
-            seed=3 * self.seed + ("baseline", "prune", "retrain").index(name),
-            **{key: getattr(self, key) for key in SHARED},
-        )
-
-    def _set(self, field: Field[Any]) -> bool:
-        return getattr(self, field.name) != field.default
-
-    @property
-    def run_id(self) -> str:
-        """Twelve hexadecimal digits of the SHA-256 of the settings; 4 and 4.0 are the same."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LATER or self._set(f)}
-        settings = {k: float(v) if isinstance(v, int) else v for k, v in given.items()}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def expand(path: Path) -> list[Experiment]:
-    """The experiments of a file {"defaults": {...}, "runs": [...]}; lists of methods, ratios or seeds are a product."""
-    content, found = json.loads(path.read_text()), []
-    for entry in content["runs"]:
-        settings = content.get("defaults", {}) | entry
-        axes = [k for k, v in settings.items() if isinstance(v, list) and not k.endswith("milestones")]
-        for values in itertools.product(*(settings[axis] for axis in axes)):
-            found.append(Experiment.of(settings | dict(zip(axes, values, strict=True))))
-    return sorted(found, key=lambda experiment: experiment.seed)  # a list cut short has whole comparisons
+TITLES = {name: method.title for name, method in METHODS.items()} | {"cp": "CP", "baseline": "baseline"}
 
 
 def project_root() -> Path:
@@ -128,34 +20,82 @@ def project_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "data" / "runs").is_dir()), here)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where a run reads and writes; what is unfinished lies in `work` and may be thrown away."""
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, oldest first, none if it is absent; a broken line is a ValueError that names it."""
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove that line") from error
 
-    root: Path = field(default_factory=project_root)  # records and baselines go below root/data
-    data: Path = field(default_factory=lambda: project_root() / "data")  # data sets
-    revision: str | None = None  # None: git is asked
 
-    runs = property(lambda self: self.root / "data" / "runs")
-    checkpoints = property(lambda self: self.root / "data" / "checkpoints")
-    work = property(lambda self: self.root / "build" / "work")
+def read(name: str, root: Path | None = None) -> pd.DataFrame:
+    """The records of data/runs/<name>.jsonl, a row a run, with `title` of the method and points `lost`."""
+    runs = pd.DataFrame(lines((root or project_root()) / "data" / "runs" / f"{name}.jsonl"))
+    if runs.empty:
+        raise ValueError(f"no records of {name!r} in data/runs; `python -m sppkit run` makes them")
+    titles = [title(method, settings) for method, settings in zip(runs["method"], runs["settings"], strict=True)]
+    return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
 
-    @classmethod
-    def of(cls, profile: str) -> Places:
-        """For a notebook: data sets from data/, all that it writes under build/, apart from the recorded runs."""
-        if profile not in ("quick", "paper"):
-            raise ValueError(f"profile={profile!r} must be 'quick' or 'paper'")
-        return cls(root=project_root() / "build" / profile)
 
-    def records(self, name: str) -> Iterator[dict[str, Any]]:
-        """The records of data/runs/<name>.jsonl, oldest first; a broken line is a ValueError that names it."""
-        path = self.runs / f"{name}.jsonl"
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); remove that line") from error
+def title(method: str, settings: dict[str, Any]) -> str:
+    """A method as tables name it, with its groups.
 
-    def find(self, experiment: Experiment) -> dict[str, Any] | None:
-        """The record of a run, if it was made."""
-        return next((r for r in self.records(experiment.experiment) if r["run_id"] == experiment.run_id), None)
+    >>> title("oneshot", {"kind": "filter"}), title("spp", {})
+    ('L1, one shot, filters', 'SPP, columns')
+    """
+    return f"{TITLES[method]}, {'channel' if method == 'cp' else settings.get('kind', 'column')}s"
+
+
+def mean_and_spread(values: pd.Series) -> str:
+    """Mean and sample standard deviation; a single run has no spread.
+
+    >>> mean_and_spread(pd.Series([1.0, 2.0, 3.0]))
+    '2.00 ± 1.00 (n=3)'
+    """
+    spread = f" ± {values.std():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{spread} (n={len(values)})"
+
+
+def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a method and target, least lost first; points lost are against the seed's own baseline."""
+    rows = []
+    for (target, method), group in runs.groupby(["flop_ratio_target", "title"]):
+        row = {
+            "method": method,
+            "FLOP ratio": f"{target:g} → {group['flop_ratio'].mean():.2f}",
+            "whole network": f"{group['flop_ratio_whole'].mean():.2f}",
+            "baseline %": mean_and_spread(group["acc_baseline"]),
+            "pruned %": mean_and_spread(group["acc_pruned"]),
+            "retrained %": mean_and_spread(group["acc_final"]),
+            "lost, points": mean_and_spread(group["lost"]),
+        }
+        rows.append((target, group["lost"].mean(), row))
+    return pd.DataFrame([row for *_, row in sorted(rows, key=lambda found: found[:2])])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown.
+
+    >>> print(markdown(pd.DataFrame({"a": [1]})))
+    | a |
+    |---|
+    | 1 |
+    """
+    head, *rows = (f"| {' | '.join(map(str, row))} |" for row in (table.columns, *table.itertuples(index=False)))
+    return "\n".join([head, "|" + "---|" * len(table.columns), *rows])
+
+
+def report(name: str, root: Path | None = None) -> str:
+    """The table and the caption of data/runs/<name>.jsonl in Markdown, as the README shows them."""
+    runs = read(name, root)
+    return f"{markdown(summary_table(runs))}\n\n{caption(runs)}"
+
+
+def caption(runs: pd.DataFrame) -> str:
+    """Network, data, device, versions, precision and run ids of the records in a figure or table."""
+    ids = sorted(runs["run_id"])
+    shown = ", ".join(ids[:3]) + (f" … {len(ids)} runs" if len(ids) > 3 else "")
+    keys = ("network", "dataset", "device", "precision", "torch")
+    network, dataset, device, precision, version = (", ".join(sorted(set(runs[key]))) for key in keys)
+    return f"{network} on {dataset} · {device} · {precision} · torch {version} · runs {shown}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -16,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from settings import Experiment, Places, expand
 from torch import nn
 
 from sppkit import cost, cp, networks, state
+from sppkit.__main__ import assignment
 from sppkit.batches import Normalise, evaluation
 from sppkit.compact import compact
-from sppkit.data import ImageData, load
+from sppkit.data import ImageData, device_name, load, resolve_device
 from sppkit.methods import taylor_scores
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
-from sppkit.records import Experiment, Places
 from sppkit.step import precision_flags
 from sppkit.train import OutOfTime, evaluate, exhaust, renew_statistics, training
 
@@ -235,10 +237,20 @@ def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterato
             return
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's architecture and torch's thread count."""
-    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+def command(options: argparse.Namespace) -> int:
+    """`python -m sppkit run`: a list, or one experiment from settings; prints each record, 75 if time was up."""
+    lists = [Path(text) for text in options.what if text.endswith(".json")]
+    given = dict(assignment(text) for text in options.what if not text.endswith(".json"))
+    if lists and given:
+        raise ValueError(f"give lists or settings, not both (found {next(iter(given))}= beside {lists[0]})")
+    planned = [e for path in lists for e in expand(path)] or [Experiment.of({"experiment": "own", **given})]
+    places, done = Places(options.root, options.data, options.revision), 0
+    how = {"minutes": options.minutes, "jobs": options.jobs, "fuse": options.fuse}
+    for done, r in enumerate(run_all(planned, places, device=resolve_device(options.device), **how), 1):
+        what = f"{r['run_id']} {r['network']} {r['method']} seed {r['seed']}: FLOP ratio {r['flop_ratio']:.2f}"
+        accuracies = f"{r['acc_baseline']:.2f} -> {r['acc_pruned']:.2f} -> {r['acc_final']:.2f} %"
+        print(f"{done}/{len(planned)} {what}, {accuracies}, {r['seconds']:.0f} s", flush=True)
+    return 0 if done == len(planned) else 75  # 75: stopped at the time limit, call again
 
 
 def revision() -> str:

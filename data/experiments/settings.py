@@ -1,0 +1,141 @@
+"""What describes an experiment: the same settings and seed are the same run, recorded as one line of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sppkit import methods
+from sppkit.records import lines, project_root
+from sppkit.step import Training
+
+METHODS = ("baseline", "cp", *methods.METHODS)
+# Settings that came after the first records: they enter a run's id only where they differ from their default
+LATER = ("kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout")
+SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One network, pruned once. Steps are iterations; ratios are convolution MACs, dense over compact."""
+
+    experiment: str
+    network: str = "convnet"
+    dataset: str = "digits"
+    method: str = "spp"  # one of METHODS
+    flop_ratio: float = 2.0  # target
+    seed: int = 0
+    batch_size: int = 100
+    momentum: float = 0.9
+    weight_decay: float = 0.004
+    precision: str = "float32"
+    normalise: str = "mean_image"
+    crop_padding: int = 0
+    flip: bool = False
+    baseline_steps: int = 70_000
+    baseline_lr: float = 1e-3
+    baseline_milestones: tuple[int, ...] = (60_000, 65_000)
+    prune_steps: int = 32_400  # all of them: once the plan is reached, the masks stay as they are
+    prune_lr: float = 1e-3
+    kind: str = "column"  # of the groups, see `groups`; CP always prunes channels
+    rule: str = "uniform"  # of the plan, see `plan`
+    interval: int = 180  # t of SPP; the settings to `rescale` are those of `pruner.Pruner`
+    rounds: int = 150
+    A: float = 0.05
+    u: float = 0.25
+    form: str = "adaptive"
+    gradient: str = "exact"
+    rescale: bool = False
+    retrain_steps: int = 25_000
+    retrain_lr: float = 1e-3
+    retrain_milestones: tuple[int, ...] = (15_000, 20_000)
+    images: int = 5_000  # CP: training images sampled
+    points: int = 10  # CP: positions an image
+    holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} must be one of {', '.join(METHODS)}")
+        if self.method != "baseline" and not self.flop_ratio > 1:
+            raise ValueError(f"flop_ratio={self.flop_ratio} must be above 1; 2 means half the multiply-accumulates")
+        if self.method == "taylor" and self.kind != "filter":
+            raise ValueError(f"method='taylor' scores filters; set kind='filter', not {self.kind!r}")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> Experiment:
+        """From a JSON object; an unknown name is a ValueError."""
+        known = {f.name for f in fields(cls)}
+        if unknown := settings.keys() - known:
+            raise ValueError(f"unknown setting {min(unknown)!r}; an experiment has {', '.join(sorted(known))}")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
+
+    def baseline(self) -> Experiment:
+        """The training run that this experiment starts from; pruning settings do not enter it."""
+        # prune_steps as it was when the first baselines were recorded: their ids stay what they are
+        names = (
+            "network",
+            "dataset",
+            "seed",
+            "holdout",
+            *SHARED,
+            "baseline_steps",
+            "baseline_lr",
+            "baseline_milestones",
+        )
+        kept: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return Experiment(experiment="baseline", method="baseline", flop_ratio=1.0, prune_steps=60_000, **kept)
+
+    def phase(self, name: str) -> Training:
+        """Solver settings of a phase: "baseline", "prune" or "retrain". Each shuffles with a seed of its own."""
+        return Training(
+            steps=getattr(self, f"{name}_steps"),
+            lr=getattr(self, f"{name}_lr"),
+            milestones=getattr(self, f"{name}_milestones", ()),
+            seed=3 * self.seed + ("baseline", "prune", "retrain").index(name),
+            **{key: getattr(self, key) for key in SHARED},
+        )
+
+    def _set(self, field: Field[Any]) -> bool:
+        return getattr(self, field.name) != field.default
+
+    @property
+    def run_id(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the settings; 4 and 4.0 are the same."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LATER or self._set(f)}
+        settings = {k: float(v) if isinstance(v, int) else v for k, v in given.items()}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def expand(path: Path) -> list[Experiment]:
+    """The experiments of a file {"defaults": {...}, "runs": [...]}; lists of methods, ratios or seeds are a product."""
+    content, found = json.loads(path.read_text()), []
+    for entry in content["runs"]:
+        settings = content.get("defaults", {}) | entry
+        axes = [k for k, v in settings.items() if isinstance(v, list) and not k.endswith("milestones")]
+        for values in itertools.product(*(settings[axis] for axis in axes)):
+            found.append(Experiment.of(settings | dict(zip(axes, values, strict=True))))
+    return sorted(found, key=lambda experiment: experiment.seed)  # a list cut short has whole comparisons
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes; what is unfinished lies in `work` and may be thrown away."""
+
+    root: Path = field(default_factory=project_root)  # records and baselines go below root/data
+    data: Path = field(default_factory=lambda: project_root() / "data")  # data sets
+    revision: str | None = None  # None: git is asked
+
+    runs = property(lambda self: self.root / "data" / "runs")
+    checkpoints = property(lambda self: self.root / "data" / "checkpoints")
+    work = property(lambda self: self.root / "build" / "work")
+
+    def find(self, experiment: Experiment) -> dict[str, Any] | None:
+        """The record of a run, if it was made."""
+        return next(
+            (r for r in lines(self.runs / f"{experiment.experiment}.jsonl") if r["run_id"] == experiment.run_id), None
+        )

@@ -1,0 +1,82 @@
+"""Draws the figures of this folder from recorded runs: `python -m sppkit figures`.
+
+A figure's file carries a hash of its records and of this module; while that is unchanged, the file is left untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sppkit import state
+from sppkit.records import caption, mean_and_spread, read
+
+
+def accuracy_over_flop_ratio(runs: pd.DataFrame) -> Figure:
+    """Accuracy on the test images over the FLOP ratio: every run a dot, mean and standard deviation of each method."""
+    sns.set_theme(style="whitegrid", context="notebook")
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    dense = runs.drop_duplicates("baseline_id")["acc_baseline"]
+    mean, spread = dense.mean(), dense.std()
+    axes.axhline(mean, color="0.35", lw=1.2)
+    axes.axhspan(mean - spread, mean + spread, color="0.35", alpha=0.12, lw=0)
+    place = axes.get_yaxis_transform()  # x in shares of the width, y in data
+    label = f"baseline {mean_and_spread(dense)}"
+    axes.text(0.99, mean, label, transform=place, ha="right", va="bottom", fontsize=9, color="0.25")
+    for (title, group), colour in zip(runs.groupby("title"), sns.color_palette("colorblind"), strict=False):
+        points = group.groupby("flop_ratio_target")
+        ratio, accuracy = points["flop_ratio"].mean(), points["acc_final"]
+        label = f"{title} (n={points.size().min()} a point)"
+        axes.errorbar(ratio, accuracy.mean(), accuracy.std(), marker="o", capsize=4, color=colour, label=label)
+        axes.plot([1, ratio.iloc[0]], [mean, accuracy.mean().iloc[0]], ":", color=colour, lw=1)
+        axes.scatter(group["flop_ratio"], group["acc_final"], s=14, color=colour, alpha=0.45, lw=0)
+    axes.set(xlabel="FLOP ratio (convolution MACs, dense / compact)", ylabel="test accuracy after retraining, %")
+    axes.set_title(f"{runs['network'].iloc[0]} on {runs['dataset'].iloc[0]}: mean ± standard deviation over seeds")
+    axes.legend(loc="lower left")
+    figure.supxlabel(caption(runs), fontsize=7, color="0.4")
+    return figure
+
+
+# file in figures/ -> (name of the records, function that draws them)
+FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure]]] = {
+    "convnet-cifar10-accuracy.png": ("convnet-cifar10", accuracy_over_flop_ratio)
+}
+
+
+def source_hash(name: str, root: Path) -> str:
+    """Hash of what a figure depends on: its records and this module."""
+    path = root / "data" / "runs" / f"{name}.jsonl"
+    return hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+
+
+def drawn_from(path: Path) -> str | None:
+    """The hash that a figure's file carries; None where there is none."""
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("sppkit-source")
+
+
+def draw_all(root: Path) -> list[tuple[str, str]]:
+    """Draw the figures whose records or code changed; returns (file, "drawn", "unchanged" or "no records")."""
+    folder, done = root / "figures", []
+    for file, (name, function) in FIGURES.items():
+        if not (root / "data" / "runs" / f"{name}.jsonl").exists():
+            done.append((file, "no records"))
+        elif drawn_from(folder / file) == (wanted := source_hash(name, root)):
+            done.append((file, "unchanged"))
+        else:
+            figure, buffer = function(read(name, root)), io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None, "sppkit-source": wanted})
+            plt.close(figure)
+            state.write_bytes(folder / file, buffer.getvalue())
+            done.append((file, "drawn"))
+    return done
