@@ -5,6 +5,7 @@ A figure's file carries a hash of its records and of this module; while that is 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 from collections.abc import Callable
@@ -17,13 +18,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sppkit import state
-from sppkit.records import caption, mean_and_spread, read
+from sppkit.records import caption, mean_and_spread, read, summary_table
 
 
 def accuracy_over_flop_ratio(runs: pd.DataFrame) -> Figure:
     """Accuracy on the test images over the FLOP ratio: every run a dot, mean and standard deviation of each method."""
     sns.set_theme(style="whitegrid", context="notebook")
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     dense = runs.drop_duplicates("baseline_id")["acc_baseline"]
     mean, spread = dense.mean(), dense.std()
     axes.axhline(mean, color="0.35", lw=1.2)
@@ -40,14 +41,14 @@ def accuracy_over_flop_ratio(runs: pd.DataFrame) -> Figure:
         axes.scatter(group["flop_ratio"], group["acc_final"], s=14, color=colour, alpha=0.45, lw=0)
     axes.set(xlabel="FLOP ratio (convolution MACs, dense / compact)", ylabel="test accuracy after retraining, %")
     axes.set_title(f"{runs['network'].iloc[0]} on {runs['dataset'].iloc[0]}: mean ± standard deviation over seeds")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     figure.supxlabel(caption(runs), fontsize=7, color="0.4")
     return figure
 
 
 # file in figures/ -> (name of the records, function that draws them)
 FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure]]] = {
-    "convnet-cifar10-accuracy.png": ("convnet-cifar10", accuracy_over_flop_ratio)
+    "s1-convnet.png": ("s1-convnet", accuracy_over_flop_ratio)
 }
 
 
@@ -80,3 +81,34 @@ def draw_all(root: Path) -> list[tuple[str, str]]:
             state.write_bytes(folder / file, buffer.getvalue())
             done.append((file, "drawn"))
     return done
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown.
+
+    >>> print(markdown(pd.DataFrame({"a": [1]})))
+    | a |
+    |---|
+    | 1 |
+    """
+    head, *rows = (f"| {' | '.join(map(str, row))} |" for row in (table.columns, *table.itertuples(index=False)))
+    return "\n".join([head, "|" + "---|" * len(table.columns), *rows])
+
+
+def table(name: str, root: Path) -> str:
+    """The table and the caption of data/runs/<name>.jsonl in Markdown, as the README shows them."""
+    runs = read(name, root)
+    return f"{markdown(summary_table(runs))}\n\n{caption(runs)}"
+
+
+def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """`python -m sppkit figures`."""
+    for file, what in draw_all(parser.parse_args(arguments).root):
+        print(f"{what:12} figures/{file}")
+
+
+def report(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """`python -m sppkit report`."""
+    parser.add_argument("experiment", nargs="?", default="s1-convnet", help="name of a file in data/runs")
+    options = parser.parse_args(arguments)
+    print(table(options.experiment, options.root))

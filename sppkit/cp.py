@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sppkit.compact import channel_links
-from sppkit.cost import conv_table
 from sppkit.lasso import select
+from sppkit.plan import make_plan
 from sppkit.reconstruct import Moments, error, lasso_problem, refit
 
 
@@ -65,31 +65,16 @@ def sample_layer(
 def widths(network: nn.Module, example: Tensor, flop_ratio: float) -> dict[str, int]:
     """Input channels to keep in each convolution that can lose some, for a FLOP ratio of the whole network.
 
-    One fraction for all: channels go one at a time from the layer with the most left, until the MACs, dense over
-    compact, reach `flop_ratio`. `example` is (B, C, H, W). Raises ValueError for a ratio of 1 or less or out of reach.
+    One fraction for all, as near to the ratio as a channel allows. `example` is (B, C, H, W). Raises ValueError for a
+    ratio of 1 or less or out of reach.
 
     >>> from sppkit import networks
     >>> widths(networks.create("convnet"), torch.zeros(1, 3, 32, 32), 2)
     {'conv2': 20, 'conv3': 20}
     """
-    if not flop_ratio > 1:
-        raise ValueError(f"flop_ratio={flop_ratio} must be above 1, the dense network")
-    links, table = channel_links(network), conv_table(network, example).set_index("layer")
-    readers = {producer: consumer for consumer, producer in links.items()}
-    full, macs = {name: int(table["in_channels"][name]) for name in links}, table["macs"].to_dict()
-    keep = dict(full)
-
-    def ratio() -> float:
-        left = {name: keep[name] / full[name] for name in links}
-        compact = (m * left.get(name, 1.0) * left.get(readers.get(name, ""), 1.0) for name, m in macs.items())
-        return sum(macs.values()) / sum(compact)
-
-    steps = [(k / full[name], name) for name in links for k in range(2, full[name] + 1)]
-    for _, layer in sorted(steps, key=lambda step: -step[0]):
-        keep[layer] -= 1
-        if ratio() >= flop_ratio * (1 - 1e-12):
-            return keep
-    raise ValueError(f"flop_ratio={flop_ratio} is out of reach: 1 channel into each of {[*links]} gives {ratio():.2f}")
+    links = channel_links(network)
+    plan = make_plan(network, example, flop_ratio=flop_ratio, kind="filter", layers=[*links.values()])
+    return {name: plan.groups.sizes[producer] - plan.targets[producer] for name, producer in links.items()}
 
 
 @torch.no_grad()

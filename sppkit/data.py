@@ -49,15 +49,6 @@ class ImageData:
     def image_size(self) -> int:
         return self.train.images.shape[1]
 
-    def hold_out(self, count: int) -> "ImageData":
-        """The last `count` training images as the test, the others for training: what choices are made on."""
-        if not 0 < count < len(self.train):
-            raise ValueError(f"count={count} must lie in 1..{len(self.train) - 1}, the training images")
-        train, test = (
-            Split(self.train.images[part], self.train.labels[part]) for part in (slice(-count), slice(-count, None))
-        )
-        return ImageData(self.name, train, test, self.classes)
-
 
 def resolve_device(name: Device) -> torch.device:
     """The device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; ValueError if it is absent."""

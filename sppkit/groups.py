@@ -119,14 +119,11 @@ class Groups:
         gone, total = np.append(gone, False), 0
         alive = {name: ~gone[ids] for name, ids in self.columns.items()}  # (C, taps)
         for name, flow in self.flows.items():
-            rows = columns = 1.0  # shares that are left
-            if name in alive:
-                columns = float(alive[name].mean())
-            known = [alive[reader].any(1) for reader in flow.consumers if reader in alive]
-            if known and len(known) == len(flow.consumers) and not flow.mixed:
-                read = np.logical_or.reduce(known)
-                rows = max(int(read.sum()), 1) / len(read)
-            total += round(self.macs[name] * rows * columns)
+            columns = alive[name].mean() if name in alive else 1.0  # the share that is left
+            read = [alive[reader].any(1) for reader in flow.consumers if reader in alive]
+            known = read and len(read) == len(flow.consumers) and not flow.mixed
+            rows = max(np.any(read, 0).mean(), 1 / len(read[0])) if known else 1.0
+            total += round(self.macs[name] * float(rows * columns))
         return total
 
     def flop_ratio(self, gone: np.ndarray) -> float:

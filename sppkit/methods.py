@@ -15,8 +15,8 @@ group by group in the order of removal.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,22 +35,19 @@ SSL_STRENGTH = 1.2e-3  # of the group lasso, as in the SPP authors' code
 
 def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> Tensor:
     """SPP: one update of every layer that is not yet at its target; `falls=False` keeps what has risen."""
-    p = pruner.layer_rows(pruner.probability, 1.0)  # (L, N)
-    score = pruner.layer_rows(importance, torch.inf)
+    p, score = pruner.layer_rows(pruner.probability, 1.0), pruner.layer_rows(importance, torch.inf)  # (L, N)
     moved = spp.advance(p, score, pruner._target, A=pruner.A, u=pruner.u, form=pruner.form)
-    if not falls:
-        moved = torch.maximum(moved, p)
+    moved = moved if falls else torch.maximum(moved, p)
     there = pruner._layers < pruner.groups.count
     pruner.probability[pruner._layers[there]] = moved[there]
-    seen, before = pruner.probability.clone(), pruner.gone.cpu().numpy()
-    gone = (seen == 1).cpu().numpy()
-    if (gone & ~before).any():
-        order = np.where(gone, _positions(pruner, importance), np.inf)
+    seen, reached = pruner.probability.clone(), pruner.probability == 1
+    if not torch.equal(reached, pruner.gone):
+        order = np.where(reached.cpu().numpy(), _positions(pruner, importance), np.inf)
         gone, last = cut(pruner, order)
-        full = (moved == 1).sum(1) >= pruner._target  # (L,) layers at their targets
-        done = torch.zeros_like(pruner.gone)
-        done[pruner._layers[there]] = full[:, None].expand_as(there)[there] | last
-        pruner.probability.masked_fill_((seen == 1) & ~torch.from_numpy(gone).to(seen.device), 0.0)  # beyond the end
+        full = (moved == 1).sum(1, keepdim=True) >= pruner._target[:, None]  # (L, 1) layers at their targets
+        done = torch.full_like(pruner.gone, last)
+        done[pruner._layers[there]] |= full.expand_as(there)[there]
+        pruner.probability[reached & ~torch.from_numpy(gone).to(reached.device)] = 0.0  # more than the FLOP ratio needs
         pruner.keep(done)
         pruner.remove(gone, last=last or bool(full.all()))
     return seen
@@ -103,20 +100,14 @@ def ssl(pruner: Pruner, importance: Tensor) -> Tensor:
     return oneshot(pruner, importance) if pruner.updates + 1 >= pruner.rounds else pruner.probability
 
 
-@dataclass(frozen=True)
-class Method:
-    update: Callable[[Pruner, Tensor], Tensor]
-    title: str
-
-
-METHODS = {
-    "spp": Method(probabilistic, "SPP"),
-    "deterministic": Method(deterministic, "SPP, deterministic"),
-    "oneshot": Method(oneshot, "L1, one shot"),
-    "gradual": Method(gradual, "L1, gradual"),
-    "random": Method(random, "random"),
-    "taylor": Method(taylor, "TP (Taylor)"),
-    "ssl": Method(ssl, "SSL (group lasso)"),
+METHODS: dict[str, Callable[[Pruner, Tensor], Tensor]] = {
+    "spp": probabilistic,
+    "deterministic": deterministic,
+    "oneshot": oneshot,
+    "gradual": gradual,
+    "random": random,
+    "taylor": taylor,
+    "ssl": ssl,
 }
 
 
@@ -143,16 +134,14 @@ def cut(pruner: Pruner, order: np.ndarray, *, flop_ratio: float | None = None) -
         taken[candidates[:count]] = True
         return taken
 
-    everything = with_first(len(candidates))
-    if wanted is None or pruner.groups.flop_ratio(everything) < wanted * (1 - 1e-9):
-        return everything, False
-    low, high = -1, len(candidates)
-    while high - low > 1:
-        middle = (low + high) // 2
-        reached = pruner.groups.flop_ratio(with_first(middle)) >= wanted * (1 - 1e-9)
-        low, high = (low, middle) if reached else (middle, high)
-    best = min((max(high - 1, 0), high), key=lambda count: abs(pruner.groups.flop_ratio(with_first(count)) - wanted))
-    return with_first(best), True
+    def ratio(count: int) -> float:
+        return pruner.groups.flop_ratio(with_first(count))
+
+    if wanted is None or ratio(len(candidates)) < wanted * (1 - 1e-9):
+        return with_first(len(candidates)), False
+    enough = bisect_left(range(len(candidates)), wanted * (1 - 1e-9), key=ratio)
+    nearest = min((max(enough - 1, 0), enough), key=lambda count: abs(ratio(count) - wanted))
+    return with_first(nearest), True
 
 
 def taylor_scores(network: nn.Module, groups: Groups, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

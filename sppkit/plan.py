@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from sppkit import spp
 from sppkit.groups import Groups
+from sppkit.networks import convolutions
 
 RULES = ("uniform", "tiers")
 
@@ -28,19 +31,17 @@ class Plan:
     targets: dict[str, int]  # by layer
     flop_ratio: float | None = None
 
+    def table(self) -> pd.DataFrame:
+        """One row a layer: groups, pruned, kept, ratio (pruned over groups), MACs now and MACs left."""
+        rows = [(n, self.groups.sizes.get(n, 0), self.targets.get(n, 0)) for n in self.groups.macs]
+        table = pd.DataFrame(rows, columns=["layer", "groups", "pruned"])
+        table["kept"], table["ratio"] = table["groups"] - table["pruned"], (table["pruned"] / table["groups"]).fillna(0)
+        return table.assign(macs=[*self.groups.macs.values()], macs_left=[*_macs(self.groups, self.targets).values()])
+
     @property
     def reached(self) -> float:
         """FLOP ratio of the targets, without filters that fall away as a by-product."""
-        return _macs(self.groups, {}) / _macs(self.groups, self.targets)
-
-    def table(self) -> pd.DataFrame:
-        """One row a layer: groups, pruned, kept, ratio (pruned over groups), MACs now and MACs left."""
-        groups, rows = self.groups, []
-        for name, macs in groups.macs.items():
-            n, target = groups.sizes.get(name, 0), self.targets.get(name, 0)
-            rows.append((name, n, target, n - target, target / n if n else 0.0, macs))
-        table = pd.DataFrame(rows, columns=["layer", "groups", "pruned", "kept", "ratio", "macs"])
-        return table.assign(macs_left=[_layer_macs(groups, name, self.targets) for name in groups.macs])
+        return _ratio(self.groups, self.targets)
 
     def __str__(self) -> str:
         wanted = "" if self.flop_ratio is None else f", wanted {self.flop_ratio:g}"
@@ -87,52 +88,47 @@ def make_plan(
         return Plan(groups, {name: spp.target_count(ratios[name], n) for name, n in groups.sizes.items()})
     if flop_ratio is None or not 1 < flop_ratio < np.inf:
         raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
-    share = _shares(groups, conv_sizes(groups), rule)
+    share = _shares(groups, rule)
     # A common scale s shrinks the kept fractions s·share: group k of a layer goes where s falls below k/(N·share)
     order = sorted((-k / (n * share[name]), name) for name, n in groups.sizes.items() for k in range(2, n + 1))
 
     def first(count: int) -> dict[str, int]:
-        names, numbers = np.unique([name for _, name in order[:count]], return_counts=True)
-        return dict(zip(names.tolist(), numbers.tolist(), strict=True))
+        gone = Counter(name for _, name in order[:count])
+        return {name: gone[name] for name in groups.layers}
 
-    low, high, wanted = 0, len(order), _macs(groups, {}) / flop_ratio
-    if _macs(groups, first(high)) > wanted * (1 + 1e-12):
-        most = _macs(groups, {}) / _macs(groups, first(high))
+    if _ratio(groups, first(len(order))) < flop_ratio * (1 - 1e-12):
+        most = _ratio(groups, first(len(order)))
         raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one group left in each layer gives {most:.2f}")
-    while high - low > 1:  # MACs fall with every group: bisection
-        middle = (low + high) // 2
-        low, high = (low, middle) if _macs(groups, first(middle)) <= wanted else (middle, high)
-    best = min((low, high), key=lambda count: abs(_macs(groups, {}) / _macs(groups, first(count)) - flop_ratio))
-    return Plan(groups, {name: first(best).get(name, 0) for name in groups.layers}, flop_ratio)
+    # the ratio rises with every group: bisection, then the nearer neighbour
+    enough = bisect_left(range(len(order)), flop_ratio, key=lambda count: _ratio(groups, first(count)))
+    nearest = min((enough - 1, enough), key=lambda count: abs(_ratio(groups, first(count)) - flop_ratio))
+    return Plan(groups, first(nearest), flop_ratio)
 
 
-def conv_sizes(groups: Groups) -> dict[str, int]:
-    """Pixels of each pruned layer's output."""
-    return {name: groups.macs[name] // conv.weight.numel() for name, conv in groups.layers.items()}
-
-
-def _shares(groups: Groups, pixels: dict[str, int], rule: str | Mapping[str, float]) -> dict[str, float]:
+def _shares(groups: Groups, rule: str | Mapping[str, float]) -> dict[str, float]:
     if isinstance(rule, Mapping):
         if missing := [name for name in groups.layers if not rule.get(name, 0) > 0]:
             raise ValueError(f"rule gives no positive weight for layer {missing[0]!r}")
         return {name: float(rule[name]) for name in groups.layers}
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} must be one of {', '.join(RULES)}, or weights by layer")
+    pixels = {name: groups.macs[name] // conv.weight.numel() for name, conv in groups.layers.items()}  # of the output
     weight = dict(zip(sorted(set(pixels.values())), (2.0, 1.5), strict=False)) if rule == "tiers" else {}
     return {name: weight.get(pixels[name], 1.0) for name in groups.layers}
 
 
-def _layer_macs(groups: Groups, name: str, targets: Mapping[str, int]) -> int:
-    """MACs of one convolution when `targets` groups are gone, by shares."""
+def _macs(groups: Groups, targets: Mapping[str, int]) -> dict[str, int]:
+    """MACs of each convolution when `targets` groups are gone, by shares."""
     kept = {layer: 1 - count / groups.sizes[layer] for layer, count in targets.items()}
-    if groups.kind != "filter":
-        return round(groups.macs[name] * kept.get(name, 1.0))
-    read = next((kept.get(key, 1.0) for key in groups.layers if name in groups.flows[key].consumers), 1.0)
-    return round(groups.macs[name] * kept.get(name, 1.0) * read)
+    left = {name: macs * kept.get(name, 1.0) for name, macs in groups.macs.items()}
+    if groups.kind == "filter":
+        for layer, share in kept.items():
+            left |= {reader: left[reader] * share for reader in groups.flows[layer].consumers if reader in left}
+    return {name: round(macs) for name, macs in left.items()}
 
 
-def _macs(groups: Groups, targets: Mapping[str, int]) -> int:
-    return sum(_layer_macs(groups, name, targets) for name in groups.macs)
+def _ratio(groups: Groups, targets: Mapping[str, int]) -> float:
+    return sum(groups.macs.values()) / sum(_macs(groups, targets).values())
 
 
 @torch.no_grad()
@@ -152,8 +148,8 @@ def pca_sensitivity(network: nn.Module, images: Tensor, *, energy: float = 0.9) 
         enough = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
         found[name] = min(enough, len(values)) / len(values)
 
-    convs = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
-    hooks = [m.register_forward_hook(lambda *a, name=n: record(name, a[2])) for n, m in convs.items()]
+    convs = convolutions(network).items()
+    hooks = [conv.register_forward_hook(lambda *a, name=name: record(name, a[2])) for name, conv in convs]
     training = network.training
     try:
         network.eval()(images)

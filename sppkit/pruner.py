@@ -83,40 +83,39 @@ class Pruner:
         if self.method not in methods.METHODS or self.gradient not in GRADIENTS:
             known = f"one of {', '.join(methods.METHODS)}, and gradient={self.gradient!r} one of {', '.join(GRADIENTS)}"
             raise ValueError(f"method={self.method!r} must be {known}")
-        self.groups = groups = self.plan.groups
-        self.slices = groups.slices  # of the flat group axis
-        self._parameters = [module.weight for module in groups.modules.values()]
-        for name, weight in zip(groups.modules, self._parameters, strict=True):
-            if not bool(weight.isfinite().all()):
+        self.groups, self.slices = self.plan.groups, self.plan.groups.slices  # slices: of the flat group axis
+        for name, module in self.groups.modules.items():
+            if self.network.get_submodule(name) is not module:
+                raise ValueError(f"the plan is of another network: make_plan(network, ...) for the one with {name!r}")
+            if not bool(module.weight.isfinite().all()):
                 raise ValueError(f"the weights of layer {name!r} hold NaN or infinite values; nothing was pruned")
-        device, elements = self._parameters[0].device, sum(w.numel() for w in self._parameters)
-        G = groups.count
-        self._p = torch.zeros(G + 2, device=device)  # of the groups; of "always kept"; of "not there", which is 1
+        self._parameters = [module.weight for module in self.groups.modules.values()]
+        first, elements, G = self._parameters[0], sum(w.numel() for w in self._parameters), self.groups.count
+        self._p = torch.zeros(G + 2, device=first.device)  # of the groups; of "always kept"; of "not there", which is 1
         self._p[-1] = 1
         self.probability = self._p[:G]  # (G,), a view
-        self.gone = torch.zeros(G, dtype=torch.bool, device=device)  # for good
+        self.gone = torch.zeros(G, dtype=torch.bool, device=first.device)  # for good
         self.trace: list[Tensor] = []  # probabilities after each update, (G,) on the CPU
         self.finished, self._steps = False, 0
-        self._strength = torch.full((1,), methods.SSL_STRENGTH, device=device)  # 0 once the pruner is finished
-        self.generator = torch.Generator(device).manual_seed(self.seed)
-        flat = torch.zeros(5, elements, device=device, dtype=self._parameters[0].dtype)
-        self._weight, self._kept, self._gradient, self._momentum, self._mask = flat
-        self._draws, self._keep = torch.zeros(2, G + 2, device=device, dtype=flat.dtype)
-        self._columns, self._rows = torch.empty(2, elements, dtype=torch.int32, device=device)
-        for ids, where, by_row in ((self._columns, groups.columns, False), (self._rows, groups.rows, True)):
-            for view, name in zip(self._views(ids), groups.modules, strict=True):
-                view.copy_(groups.spread(where[name], view, rows=by_row))
-        self._own = self._rows if groups.kind == "filter" else self._columns
-        longest, goal = max(groups.sizes.values()), []
-        self._layers = torch.full((len(groups.sizes), longest), G + 1, device=device)  # (L, N) indices of groups
-        for row, (name, part) in zip(self._layers, groups.slices.items(), strict=True):
-            row[: groups.sizes[name]] = torch.arange(part.start, part.stop)
-            goal.append(self.plan.targets[name] + longest - groups.sizes[name])
-        self._target = torch.tensor(goal, device=device)  # (L,), with those that are not there
-        parts = zip(self._parameters, self._views(self._weight), self._views(self._gradient), strict=True)
-        for weight, view, gradient in parts:
-            view.copy_(weight.detach())
-            weight.data, weight.grad = view, gradient
+        self.generator = torch.Generator(first.device).manual_seed(self.seed)
+        self._strength = self._p.new_full((1,), methods.SSL_STRENGTH)  # 0 once the pruner is finished
+        self._draws, self._keep = first.new_zeros(2, G + 2)
+        self._weight, self._kept, self._gradient, self._momentum, self._mask = first.new_zeros(5, elements).detach()
+        self._columns, self._rows = torch.empty(2, elements, dtype=torch.int32, device=first.device)
+        parts = (self._views(flat) for flat in (self._weight, self._gradient, self._columns, self._rows))
+        for (name, module), view, gradient, columns, rows in zip(self.groups.modules.items(), *parts, strict=True):
+            columns.copy_(self.groups.spread(self.groups.columns[name], view))
+            rows.copy_(self.groups.spread(self.groups.rows[name], view, rows=True))
+            view.copy_(module.weight.detach())
+            module.weight.data, module.weight.grad = view, gradient
+        self._own = self._rows if self.groups.kind == "filter" else self._columns
+        longest = max(self.groups.sizes.values())
+        ids = [[*range(part.start, part.stop)] for part in self.slices.values()]
+        self._layers = torch.tensor(
+            [row + [G + 1] * (longest - len(row)) for row in ids], device=first.device
+        )  # (L, N)
+        goal = [self.plan.targets[name] + longest - size for name, size in self.groups.sizes.items()]
+        self._target = torch.tensor(goal, device=first.device)  # (L,), with those that are not there
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """The parts of `flat` (elements,) in the shapes and memory formats of the weights."""
@@ -183,7 +182,7 @@ class Pruner:
             bad = next(n for n, part in self.slices.items() if not importance[part].isfinite().all())
             where = f"layer {bad!r}, step {self.updates * self.interval}"
             raise FloatingPointError(f"{where}: weights are NaN or infinite; lower lr or go back to a checkpoint")
-        seen = methods.METHODS[self.method].update(self, importance)
+        seen = methods.METHODS[self.method](self, importance)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(self._p, 0)  # rounding on another machine must not lead to other masks
         self.trace.append(seen.to("cpu", copy=True))
@@ -220,13 +219,9 @@ class Pruner:
         """
         if kind not in VIEWS:
             raise ValueError(f"view {kind!r} must be one of {', '.join(VIEWS)}")
-        stays, kept, random = 1 - self._p, self._weight.clone(), self.generator.get_state()
-        if kind == "sampled":
-            stays = (torch.rand(stays.shape, generator=self.generator, device=stays.device) >= self._p).float()
-        elif kind == "threshold":
-            stays = (self._p < 0.5).float()
-        elif kind == "unmasked":
-            stays = torch.cat([~self.gone, self.gone.new_ones(2)]).float()
+        kept, random = self._weight.clone(), self.generator.get_state()
+        stays = {"expected": 1 - self._p, "threshold": self._p < 0.5, "unmasked": self._p >= 0}.get(kind)
+        stays = spp.draw(self._p, self.generator) if stays is None else stays
         try:
             self._weight.mul_(stays[self._columns] * stays[self._rows])
             yield

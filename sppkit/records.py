@@ -9,9 +9,16 @@ from typing import Any
 
 import pandas as pd
 
-from sppkit.methods import METHODS
-
-TITLES = {name: method.title for name, method in METHODS.items()} | {"cp": "CP", "baseline": "baseline"}
+TITLES = {
+    "spp": "SPP",
+    "deterministic": "SPP, deterministic",
+    "oneshot": "L1, one shot",
+    "gradual": "L1, gradual",
+    "random": "random",
+    "taylor": "TP (Taylor)",
+    "ssl": "SSL (group lasso)",
+    "cp": "CP",
+}
 
 
 def project_root() -> Path:
@@ -34,17 +41,9 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
     runs = pd.DataFrame(lines((root or project_root()) / "data" / "runs" / f"{name}.jsonl"))
     if runs.empty:
         raise ValueError(f"no records of {name!r} in data/runs; `python -m sppkit run` makes them")
-    titles = [title(method, settings) for method, settings in zip(runs["method"], runs["settings"], strict=True)]
+    kinds = ["channel" if m == "cp" else s["kind"] for m, s in zip(runs["method"], runs["settings"], strict=True)]
+    titles = [f"{TITLES[method]}, {kind}s" for method, kind in zip(runs["method"], kinds, strict=True)]
     return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
-
-
-def title(method: str, settings: dict[str, Any]) -> str:
-    """A method as tables name it, with its groups.
-
-    >>> title("oneshot", {"kind": "filter"}), title("spp", {})
-    ('L1, one shot, filters', 'SPP, columns')
-    """
-    return f"{TITLES[method]}, {'channel' if method == 'cp' else settings.get('kind', 'column')}s"
 
 
 def mean_and_spread(values: pd.Series) -> str:
@@ -72,24 +71,6 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
         }
         rows.append((target, group["lost"].mean(), row))
     return pd.DataFrame([row for *_, row in sorted(rows, key=lambda found: found[:2])])
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown.
-
-    >>> print(markdown(pd.DataFrame({"a": [1]})))
-    | a |
-    |---|
-    | 1 |
-    """
-    head, *rows = (f"| {' | '.join(map(str, row))} |" for row in (table.columns, *table.itertuples(index=False)))
-    return "\n".join([head, "|" + "---|" * len(table.columns), *rows])
-
-
-def report(name: str, root: Path | None = None) -> str:
-    """The table and the caption of data/runs/<name>.jsonl in Markdown, as the README shows them."""
-    runs = read(name, root)
-    return f"{markdown(summary_table(runs))}\n\n{caption(runs)}"
 
 
 def caption(runs: pd.DataFrame) -> str:

@@ -1,6 +1,5 @@
-"""Files that are never half written and never a pickle: tensors with a description, and lines of text."""
+"""Files of tensors with a description, never half written and never a pickle."""
 
-import hashlib
 import json
 import os
 import secrets
@@ -58,18 +57,6 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def append_line(path: str | Path, line: str) -> None:
-    """Append one line, flushed to the disk; a last line that was cut short is ended first."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise ValueError naming the first of `tensors` that holds NaN or an infinity; `what` is whose."""
     for name, tensor in tensors.items():
@@ -94,11 +81,3 @@ def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{found}; build the network of the file's description, {description}")
     network.load_state_dict(tensors)
     return description
-
-
-def network_id(network: nn.Module) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of the state dict: names in order, each with its raw bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]

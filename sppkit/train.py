@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import pandas as pd
 import torch
@@ -25,47 +26,12 @@ from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep, autocast, precision_flags
 
 SAVE_EVERY = 600  # seconds between checkpoints
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 class OutOfTime(Exception):
     """The deadline came before the last step; the checkpoint holds the state to go on from."""
-
-
-def fit(
-    network: nn.Module,
-    data: ImageData,
-    settings: Training,
-    *,
-    pruner: Pruner | None = None,
-    stop: Callable[[], bool] | None = None,
-    checkpoint: Path | None = None,
-    deadline: float | None = None,
-    capture: bool = True,
-    fuse: bool = False,
-) -> pd.DataFrame:
-    """Train `network`, on the device of `data`, in place and return its history.
-
-    pruner: masks the weights at every step; updated every `pruner.interval` steps until it is finished.
-    stop: asked after every update of the pruner; True ends the run before its last step.
-    checkpoint: file to resume from if it exists; written at the deadline and every ten minutes, removed at the end.
-    deadline: `time.monotonic()` value after which the run saves its checkpoint and raises `OutOfTime`.
-    capture: on a GPU, replay the step as a CUDA graph; False runs it eagerly.
-    fuse: compile the network with torch.compile: faster on a GPU, after half a minute.
-
-    A row an epoch: step (steps done), lr, loss, accuracy (%, on the training batches as they came), seconds.
-    FloatingPointError if loss or weights stop being finite; ValueError if they never were, or for another run's file.
-    """
-    return exhaust(training(**locals()))
-
-
-def exhaust(generator: Generator[None, None, Result]) -> Result:
-    """What a generator returns at its end."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
 
 
 def training(
@@ -80,7 +46,18 @@ def training(
     capture: bool = True,
     fuse: bool = False,
 ) -> Generator[None, None, pd.DataFrame]:
-    """`fit` as a generator that yields after every step, so that several runs can share a GPU."""
+    """Train `network`, on the device of `data`, in place and return its history; yields after every step.
+
+    pruner: masks the weights at every step; updated every `pruner.interval` steps until it is finished.
+    stop: asked after every update of the pruner; True ends the run before its last step.
+    checkpoint: file to resume from if it exists; written at the deadline and every ten minutes, removed at the end.
+    deadline: `time.monotonic()` value after which the run saves its checkpoint and raises `OutOfTime`.
+    capture: on a GPU, replay the step as a CUDA graph; False runs it eagerly.
+    fuse: compile the network with torch.compile: faster on a GPU, after half a minute.
+
+    A row an epoch: step (steps done), lr, loss, accuracy (%, on the training batches as they came), seconds.
+    FloatingPointError if loss or weights stop being finite; ValueError if they never were, or for another run's file.
+    """
     state.check_finite(dict(network.named_parameters()), "the weights before training")
     run = TrainingStep(network, data, settings, pruner=pruner, capture=capture, fuse=fuse)
     length, first, history = run.batches.steps_per_epoch, 0, list[dict[str, float]]()
@@ -117,6 +94,28 @@ def training(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return pd.DataFrame(history)
+
+
+def exhaust(generator: Generator[None, None, Result]) -> Result:
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def exhausted(function: Callable[Arguments, Generator[None, None, Result]]) -> Callable[Arguments, Result]:
+    """`function` run to its end."""
+
+    @wraps(function)
+    def whole(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return exhaust(function(*args, **kwargs))
+
+    return whole
+
+
+fit = exhausted(training)  # the same, run to its end at once
 
 
 def renew_statistics(network: nn.Module, data: ImageData, settings: Training, *, batches: int = 100) -> None:

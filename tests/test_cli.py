@@ -11,10 +11,8 @@ import pytest
 
 from sppkit.__main__ import main
 
-TINY = [
-    "--experiment", "tiny", "--batch-size", "16", "--baseline-steps", "8", "--baseline-milestones", "6", "--images",
-    "30", "--method", "cp", "--retrain-steps", "4", "--retrain-milestones", "2", "--revision", "test",
-]  # fmt: skip
+SETTINGS = "experiment=tiny batch_size=16 baseline_steps=8 baseline_milestones=(6,) images=30 method=cp retrain_steps=4"
+TINY = [*SETTINGS.split(), "retrain_milestones=(2,)", "--revision", "test"]
 
 
 @pytest.mark.parametrize("command", ["check", "data", "run", "bench", "figures", "report"])
@@ -63,8 +61,8 @@ def test_run_stops_at_the_limit_with_a_status_of_its_own(tmp_path: Path) -> None
 
 
 def test_a_list_and_settings_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "list.json", "--root", str(tmp_path), "--seed", "3"]) == 1
-    assert "give a list or settings, not both (found --seed" in capsys.readouterr().err
+    assert main(["run", "list.json", "seed=3", "--root", str(tmp_path)]) == 1
+    assert "give lists or settings, not both (found seed=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -72,9 +70,9 @@ def test_a_list_and_settings_exclude_each_other(tmp_path: Path, capsys: pytest.C
     [
         (["data", "cifar10"], "cifar-10-batches-py"),
         (["data", "no-such-folder"], "no-such-folder"),
-        (["run", "--device", "tpu"], "tpu"),
-        (["run", "--flop-ratio", "0.5"], "flop_ratio=0.5 must be above 1"),
-        (["run", "--network", "lenet"], "network 'lenet' is not known"),
+        (["run", "seed=0", "--device", "tpu"], "tpu"),
+        (["run", "flop_ratio=0.5"], "flop_ratio=0.5 must be above 1"),
+        (["run", "network=lenet"], "network 'lenet' is not known"),
         (["report", "nothing"], "no records of 'nothing'"),
     ],
 )
@@ -90,7 +88,7 @@ def test_bad_input_is_one_line_on_stderr(
 def test_bench_prints_the_eager_step_where_there_is_no_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sppkit.bench.NETWORKS", ("convnet",))
+    monkeypatch.setattr("bench.NETWORKS", ("convnet",))
     command = ["bench", "--dataset", "digits", "--device", "cpu", "--batch-size", "8", "--steps", "2"]
     assert main([*command, "--root", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sppkit import data, networks, train
-from sppkit.pruner import Pruner, targets
+from sppkit.plan import make_plan
+from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep
 
 pytestmark = pytest.mark.gpu
@@ -23,6 +24,10 @@ def make(seed=0):
     return networks.create("convnet", seed=seed).to("cuda")
 
 
+def prune(network, **options):
+    return Pruner(network, make_plan(network, torch.zeros(1, 3, 32, 32, device="cuda"), flop_ratio=2), **options)
+
+
 def weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
@@ -34,7 +39,7 @@ def test_captured_and_eager_steps_are_equal_bit_for_bit(digits, pruned):
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         for capture in (False, True):
             network = make()
-            pruner = Pruner(network, targets(network, flop_ratio=2), interval=4) if pruned else None
+            pruner = prune(network, interval=4) if pruned else None
             run = TrainingStep(network, digits, SETTINGS, pruner=pruner, capture=capture)
             for step in range(SETTINGS.steps):
                 if pruner is not None and step % pruner.interval == 0:
@@ -74,7 +79,7 @@ def test_a_replay_sees_a_new_learning_rate(digits):
 
 def test_a_replay_draws_new_masks_and_sees_new_probabilities(digits):
     network = make()
-    pruner = Pruner(network, targets(network, flop_ratio=2))
+    pruner = prune(network)
     run = TrainingStep(network, digits, SETTINGS, pruner=pruner)
     pruner.probability.fill_(0.5)
     run.step(0)
@@ -95,7 +100,7 @@ def test_pruning_resumes_on_a_gpu(digits, tmp_path, monkeypatch, precision):
     results = []
     for stops in (False, True):
         network = make()
-        pruner = Pruner(network, targets(network, flop_ratio=2), interval=2)
+        pruner = prune(network, interval=2)
         path = tmp_path / f"{stops}.safetensors"
         if stops:
             with monkeypatch.context() as patch:
@@ -103,7 +108,7 @@ def test_pruning_resumes_on_a_gpu(digits, tmp_path, monkeypatch, precision):
                 with pytest.raises(train.OutOfTime, match="at step 30 of 200"):
                     train.fit(network, digits, settings, pruner=pruner, checkpoint=path, deadline=31)
             network = make(seed=1)
-            pruner = Pruner(network, targets(network, flop_ratio=2), interval=2, seed=1)
+            pruner = prune(network, interval=2, seed=1)
         history = train.fit(network, digits, settings, pruner=pruner, checkpoint=path)
         assert pruner.updates == 100
         results.append((pruner.probability.clone(), history["loss"]))

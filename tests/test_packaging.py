@@ -61,8 +61,10 @@ def test_every_dependency_is_bounded_below_and_above() -> None:
 
 def test_every_import_is_declared() -> None:
     runtime = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-    own = {"sppkit", *(path.stem for path in ROOT.glob("notebooks/*.py")), "conftest"}
-    for folder, declared in (("sppkit", runtime), ("notebooks", {*requirements()}), ("tests", {*requirements()})):
+    beside = ("notebooks", "data/experiments", "figures")  # modules that tests import by name
+    own = {"sppkit", "conftest", *(path.stem for folder in beside for path in (ROOT / folder).glob("*.py"))}
+    folders = {"sppkit": runtime} | {key: {*requirements()} for key in (*beside, "tests")}
+    for folder, declared in folders.items():
         for path in (ROOT / folder).glob("*.py"):
             missing = third_party(path) - own - declared
             assert not missing, f"{folder}/{path.name} imports {missing}, which pyproject.toml does not list"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sppkit import networks, spp
-from sppkit.pruner import Pruner, targets
+from sppkit.plan import make_plan
+from sppkit.pruner import Pruner
 
 LR, MOMENTUM, DECAY = 0.005, 0.9, 0.005
 
@@ -34,6 +36,10 @@ class Small(nn.Module):
 TARGETS = {"one": 14, "two": 5}
 
 
+def prune(network: nn.Module, goals: dict[str, int] | None = None, **options: Any) -> Pruner:
+    return Pruner(network, make_plan(network, torch.zeros(1, 3, 5, 6), targets=goals or TARGETS), **options)
+
+
 def small(seed: int = 0) -> Small:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -51,9 +57,9 @@ def sgd(network: nn.Module) -> torch.optim.SGD:
 
 def step(network: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimizer, number: int) -> None:
     x, y = batch(number)
-    pruner.before()
+    pruner.mask()
     F.cross_entropy(network(x), y).backward()
-    pruner.after()
+    pruner.unmask()
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
 
@@ -98,7 +104,7 @@ class Reference:
 
     def step(self, number: int) -> dict[str, Tensor]:
         x, y = batch(number)
-        draws = torch.rand(sum(map(len, self.p.values())), generator=self.generator).tolist()
+        draws = torch.rand(sum(map(len, self.p.values())) + 2, generator=self.generator).tolist()
         masks = {}
         for name, p in self.p.items():
             weight = self.w[f"{name}.weight"]
@@ -124,7 +130,7 @@ class Reference:
 def test_training_is_the_slow_reference_from_the_first_step_to_beyond_the_last_update() -> None:
     network = small()
     reference = Reference(network, seed=3)
-    pruner = Pruner(network, TARGETS, interval=2, seed=3)
+    pruner = prune(network, interval=2, seed=3)
     optimizer = sgd(network)
     pruner.attach(optimizer)
     masked = updates = 0
@@ -151,9 +157,9 @@ def test_training_is_the_slow_reference_from_the_first_step_to_beyond_the_last_u
     assert all(int((p == 1).sum()) == TARGETS[name] for name, p in reference.p.items())
 
 
-def set_up(seed: int = 0, **options: int) -> tuple[Small, Pruner, torch.optim.SGD]:
+def set_up(seed: int = 0, **options: Any) -> tuple[Small, Pruner, torch.optim.SGD]:
     network = small()
-    pruner = Pruner(network, TARGETS, seed=seed, **options)
+    pruner = prune(network, seed=seed, **options)
     optimizer = sgd(network)
     pruner.attach(optimizer)
     return network, pruner, optimizer
@@ -168,13 +174,13 @@ def test_a_masked_group_gets_no_gradient_and_keeps_its_value_but_decays() -> Non
     assert momentum.ne(0).all()
     pruner.probability.fill_(0.5)
     x, y = batch(9)
-    pruner.before()
+    pruner.mask()
     keep = network.one.weight.detach().ne(0).all(0)  # (C, kh, kw)
     assert torch.equal(network.one.weight.detach(), weight * keep)
     assert 5 < int(keep.sum()) < 22
     bias = network.one.bias.detach().clone()
     F.cross_entropy(network(x), y).backward()
-    pruner.after()
+    pruner.unmask()
     assert torch.equal(network.one.weight.detach(), weight)
     assert not network.one.weight.grad[:, ~keep].any()
     assert network.one.weight.grad[:, keep].ne(0).any(0).all()
@@ -190,7 +196,7 @@ def test_biases_and_other_layers_are_never_masked() -> None:
     pruner.probability.fill_(1.0)
     names = ["one.bias", "free.weight", "free.bias", "linear.weight", "linear.bias"]
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
-    pruner.before()
+    pruner.mask()
     after = dict(network.named_parameters())
     assert all(torch.equal(before[name], after[name].detach()) for name in names)
     assert not network.one.weight.detach().any()
@@ -205,7 +211,7 @@ def test_attaching_changes_no_value_and_keeps_the_momentum_there_was() -> None:
     optimizer.step()
     momentum = optimizer.state[network.two.weight]["momentum_buffer"].clone()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    pruner = Pruner(network, TARGETS)
+    pruner = prune(network)
     pruner.attach(optimizer)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert torch.equal(optimizer.state[network.two.weight]["momentum_buffer"], momentum)
@@ -242,11 +248,11 @@ def test_pruned_groups_are_zero_for_good_and_survivors_go_to_zero_probability() 
 
 def test_a_layer_that_finishes_early_waits_for_the_others() -> None:
     network = small()
-    pruner = Pruner(network, {"one": 20, "two": 3})
+    pruner = prune(network, {"one": 20, "two": 3})
     finish = {}
     while not pruner.finished:
         pruner.update()
-        for name, target in pruner.targets.items():
+        for name, target in pruner.plan.targets.items():
             if pruner.pruned(name) == target:
                 finish.setdefault(name, pruner.updates)
                 assert set(pruner.probability[pruner.slices[name]].tolist()) == {0.0, 1.0}
@@ -257,7 +263,7 @@ def test_channels_last_and_contiguous_weights_give_the_same() -> None:
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         network = small().to(memory_format=memory_format)
-        pruner = Pruner(network, TARGETS, interval=2)
+        pruner = prune(network, interval=2)
         assert network.one.weight.is_contiguous(memory_format=memory_format)
         optimizer = sgd(network)
         pruner.attach(optimizer)
@@ -280,7 +286,7 @@ def test_masks_depend_on_the_seed_and_not_on_global_state() -> None:
         torch.manual_seed(len(masks))
         _, pruner, _ = set_up(seed=seed)
         pruner.probability.fill_(0.5)
-        pruner.before()
+        pruner.mask()
         masks.append(pruner._weight.ne(0))
     torch.set_rng_state(state)
     assert torch.equal(masks[0], masks[1])
@@ -293,7 +299,7 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
         pruner.update()
         step(network, pruner, optimizer, number)
     twin = copy.deepcopy(network)
-    other = Pruner(twin, TARGETS, interval=1, seed=99)
+    other = prune(twin, interval=1, seed=99)
     other_optimizer = sgd(twin)
     saved = {name: value.clone() for name, value in pruner.state().items()}
     buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in network.parameters()]
@@ -303,18 +309,23 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
     other.load_state(saved)
     assert other.updates == 30
     for number in range(30, 60):
-        for net, prune, optim in ((network, pruner, optimizer), (twin, other, other_optimizer)):
-            prune.update()
-            step(net, prune, optim, number)
+        for net, masks, optim in ((network, pruner, optimizer), (twin, other, other_optimizer)):
+            masks.update()
+            step(net, masks, optim, number)
     pairs = zip(network.parameters(), twin.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert torch.equal(pruner.probability, other.probability)
     assert torch.equal(torch.stack(pruner.trace), torch.stack(other.trace))
 
 
+def convnet_pruner(**options: Any) -> Pruner:
+    network = networks.create("convnet")
+    return Pruner(network, make_plan(network, torch.zeros(1, 3, 32, 32), targets={"conv1": 5}), **options)
+
+
 def test_the_state_of_another_network_is_refused() -> None:
     _, pruner, _ = set_up()
-    other = Pruner(networks.create("convnet"), {"conv1": 5})
+    other = convnet_pruner()
     before = pruner.probability.clone()
     with pytest.raises(ValueError, match="the saved pruning state has 75 groups, this network 39"):
         pruner.load_state(other.state())
@@ -326,7 +337,7 @@ def test_the_table_counts_groups_that_came_back() -> None:
     high, low = torch.full_like(pruner.probability, 0.6), torch.zeros_like(pruner.probability)
     low[0] = 0.55  # stays high: did not come back
     pruner.trace = [high, low]
-    pruner.probability[pruner.slices["two"]] = 1.0
+    pruner.gone[pruner.slices["two"]] = True
     table = pruner.table()
     assert table.to_dict("list") == {
         "layer": ["one", "two"],
@@ -337,49 +348,34 @@ def test_the_table_counts_groups_that_came_back() -> None:
     }
 
 
-def test_targets_are_one_ratio_in_all_layers() -> None:
-    network = networks.create("convnet")
-    assert targets(network, flop_ratio=2) == {"conv1": 38, "conv2": 400, "conv3": 400}
-    assert targets(network, flop_ratio=3, layers=["conv1"]) == {"conv1": 50}
-    for ratio in (1.0, 0.5, math.nan):
-        with pytest.raises(ValueError, match=f"flop_ratio={ratio} must be above 1"):
-            targets(network, flop_ratio=ratio)
-    with pytest.raises(ValueError, match="layer 'conv4' is not a convolution of this network; it has conv1, conv2"):
-        targets(network, flop_ratio=2, layers=["conv1", "conv4"])
-
-
 def test_bad_input_is_refused_and_the_network_left_alone() -> None:
     network = small()
     before = {name: (value.clone(), value.data_ptr()) for name, value in network.state_dict().items()}
-    cases: list[tuple[dict[str, int], int, str]] = [
-        ({"one": 5, "three": 1}, 1, "layer 'three' is not a convolution of this network; it has one, two, free"),
-        ({"one": 5, "linear": 1}, 1, "layer 'linear' is not a convolution"),
-        ({"one": 27}, 1, "target=27 of layer 'one' must lie in 1 to 26"),
-        ({"one": 5, "two": 0}, 1, "target=0 of layer 'two' must lie in 1 to 11"),
-        ({"one": -1}, 1, "target=-1 of layer 'one'"),
-        ({}, 1, "targets is empty"),
-        ({"one": 5}, 0, "interval=0 must be at least 1 step"),
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"interval": 0}, "interval=0 and rounds=150 must be at least 1"),
+        ({"rounds": 0}, "interval=180 and rounds=0 must be at least 1"),
+        ({"method": "magic"}, "method='magic' must be one of spp, deterministic"),
+        ({"gradient": "none"}, "gradient='none' one of exact, unmasked"),
+        ({"form": "other"}, "form='other' must be one of adaptive, literal"),
+        ({"A": 2}, r"A=2 must lie in \(0, 1\]"),
     ]
-    for goals, interval, message in cases:
+    for options, message in cases:
         with pytest.raises(ValueError, match=message):
-            Pruner(network, goals, interval=interval)
+            prune(network, **options)
     network.two.weight.data[1, 2, 0, 1] = math.nan
     with pytest.raises(ValueError, match="weights of layer 'two' hold NaN or infinite values"):
-        Pruner(network, TARGETS)
+        prune(network)
     network.two.weight.data.copy_(before["two.weight"][0])
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name][0])
         assert value.data_ptr() == before[name][1]
-    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match="layer '0' has groups=2"):
-        Pruner(grouped, {"0": 2})
 
 
 def test_weights_that_become_nan_stop_the_update_and_name_the_layer() -> None:
     network, pruner, _ = set_up()
     pruner.update()
     network.two.weight.data[0, 0, 0, 0] = math.inf
-    with pytest.raises(ValueError, match="layer 'two', update 2: 1 of 12 importances are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match="layer 'two', step 180: weights are NaN or infinite"):
         pruner.update()
     assert pruner.updates == 1
 
@@ -387,8 +383,8 @@ def test_weights_that_become_nan_stop_the_update_and_name_the_layer() -> None:
 def test_the_importance_is_of_unmasked_weights() -> None:
     network, pruner, _ = set_up()
     pruner.probability[:] = 0.5
-    expected = spp.update(pruner.probability[:27].clone(), spp.column_importance(network.one.weight), 14)
-    pruner.before()
-    pruner.after()
+    expected = spp.update(pruner.probability[:27].clone(), network.one.weight.detach().abs().sum(0).flatten(), 14)
+    pruner.mask()
+    pruner.unmask()
     pruner.update()
     assert torch.equal(pruner.probability[:27], expected)

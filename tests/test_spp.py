@@ -186,18 +186,6 @@ def test_increment_refuses_bad_input() -> None:
         spp.update(torch.zeros(3), torch.arange(3.0), 1, A=2)
 
 
-def _moved_test() -> None:
-    weight = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(0))
-    expected = [
-        sum(abs(float(weight[o, c, i, j])) for o in range(5)) for c in range(3) for i in range(2) for j in range(4)
-    ]
-    found = spp.column_importance(weight.clone().requires_grad_())
-    assert not found.requires_grad
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
-    last = weight.contiguous(memory_format=torch.channels_last)
-    np.testing.assert_allclose(spp.column_importance(last).numpy(), expected, rtol=1e-6)
-
-
 def test_masks_are_drawn_with_the_probabilities() -> None:
     p = torch.tensor([0.0, 0.05, 0.3, 0.5, 0.95, 1.0])
     generator, draws = torch.Generator().manual_seed(0), 4000

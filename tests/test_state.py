@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import driver
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -201,18 +202,18 @@ def test_write_bytes_replaces_the_whole_file(tmp_path: Path) -> None:
 
 def test_append_line_ends_a_line_that_was_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "log.jsonl"
-    state.append_line(path, "one")
-    state.append_line(path, "two é")
+    driver.append_line(path, "one")
+    driver.append_line(path, "two é")
     assert path.read_bytes() == "one\ntwo é\n".encode()
     path.write_bytes(b'one\n{"st')
-    state.append_line(path, "three")
+    driver.append_line(path, "three")
     assert path.read_text() == 'one\n{"st\nthree\n'
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_append_line_fails_when_the_disk_is_full() -> None:
     with pytest.raises(OSError, match="No space left"):
-        state.append_line("/dev/full", "line")
+        driver.append_line(Path("/dev/full"), "line")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -227,18 +228,18 @@ def test_a_network_goes_to_a_file_and_back(tmp_path: Path) -> None:
     path, one, two = tmp_path / "a.safetensors", network(), network()
     with torch.no_grad():
         two.state_dict()["0.weight"][0, 0, 0, 0] += 1
-    assert state.network_id(one) != state.network_id(two)
+    assert driver.network_id(one) != driver.network_id(two)
     state.save_network(one, path, model="small", width=4)
     assert state.load_network(two, path) == {"schema": 1, "kind": "network", "model": "small", "width": 4}
-    assert state.network_id(one) == state.network_id(two)
-    assert len(state.network_id(one)) == 12
+    assert driver.network_id(one) == driver.network_id(two)
+    assert len(driver.network_id(one)) == 12
 
 
 def test_the_network_id_is_a_plain_sha256() -> None:
     net = nn.Linear(2, 1)
     net.load_state_dict({"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])})
     # printf 'bias\0\0\x40\x40weight\0\0\x80\x3f\0\0\0\x40' | sha256sum
-    assert state.network_id(net) == "929c27949683"
+    assert driver.network_id(net) == "929c27949683"
 
 
 @pytest.mark.parametrize(
@@ -252,8 +253,8 @@ def test_the_network_id_is_a_plain_sha256() -> None:
 )
 def test_a_checkpoint_of_another_network_changes_nothing(tmp_path: Path, other: nn.Module, message: str) -> None:
     path, net = tmp_path / "a.safetensors", network()
-    before = state.network_id(net)
+    before = driver.network_id(net)
     state.save_network(other, path, model="other")
     with pytest.raises(ValueError, match=message):
         state.load_network(net, path)
-    assert state.network_id(net) == before
+    assert driver.network_id(net) == before

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
 import pandas as pd
+import torch
 
 from sppkit import networks
-from sppkit.data import ImageData
+from sppkit.data import ImageData, device_name, load, resolve_device
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep, precision_flags
@@ -64,3 +66,19 @@ def training_speed(
     table["slower"] = 100 * (table["network"].map(plain) / table["images_per_s"] - 1)
     table = table.join(losses, on=["network", "mode"])
     return table.assign(batch=batch_size, precision=precision, rounds=rounds - 1)
+
+
+def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """`python -m sppkit bench`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dataset", default="cifar10", help="cifar10, or digits where that is absent")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=INTERVAL, help="steps a round (180: one update of SPP in each)")
+    parser.add_argument("--fuse", action="store_true", help="compile the networks of the captured steps")
+    options = parser.parse_args(arguments)
+    device = resolve_device(options.device)
+    images = load(options.dataset, root=options.data or options.root / "data", device=device)
+    print(f"{device_name(device)}, torch {torch.__version__}, data on the device: {images.name}")
+    frame = training_speed(images, batch_size=options.batch_size, steps=options.steps, fuse=options.fuse)
+    print(frame.round({"images_per_s": 0, "spread": 0, "slower": 1}).round(4).to_string(index=False))
+    print("captured: the step replayed as a CUDA graph" if device.type == "cuda" else "no GPU: only the eager step")

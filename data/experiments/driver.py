@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import time
@@ -21,10 +24,9 @@ from settings import Experiment, Places, expand
 from torch import nn
 
 from sppkit import cost, cp, networks, state
-from sppkit.__main__ import assignment
 from sppkit.batches import Normalise, evaluation
 from sppkit.compact import compact
-from sppkit.data import ImageData, device_name, load, resolve_device
+from sppkit.data import ImageData, Split, device_name, load, resolve_device
 from sppkit.methods import taylor_scores
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
@@ -62,7 +64,7 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     """`run` as a generator that yields after every training step."""
     if (found := places.find(experiment)) is not None:
         return found
-    data = data.hold_out(experiment.holdout) if experiment.holdout else data
+    data = hold_out(data, experiment.holdout) if experiment.holdout else data
     network, base = yield from _baseline(experiment, data, places, limits)
     if experiment.method == "baseline":
         return base
@@ -119,7 +121,7 @@ def _baseline(
     else:
         yield from training(network, data, settings, **limits(places.work / name))
         state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=data.image_size)
-    identity = state.network_id(network)
+    identity = network_id(network)
     if found is None:
         accuracies = dict.fromkeys(("acc_baseline", "acc_pruned", "acc_final"), evaluate(network, data, settings))
         results = {"flop_ratio": 1.0, **accuracies, "baseline_id": identity, "steps": base.baseline_steps}
@@ -237,20 +239,67 @@ def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterato
             return
 
 
-def command(options: argparse.Namespace) -> int:
-    """`python -m sppkit run`: a list, or one experiment from settings; prints each record, 75 if time was up."""
+def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """`python -m sppkit run`: lists, or one experiment from settings; prints each record, 75 if time was up."""
+    parser.add_argument("what", nargs="+", help="lists (data/experiments/*.json), or settings NAME=VALUE")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--minutes", type=float, help="stop after this long, saved; the same command goes on")
+    parser.add_argument("--jobs", type=int, default=1, help="experiments that share the GPU")
+    parser.add_argument("--fuse", action="store_true", help="compile the networks (torch.compile), for speed on a GPU")
+    parser.add_argument("--revision", help="recorded as the source's revision; git is asked otherwise")
+    options = parser.parse_args(arguments)
     lists = [Path(text) for text in options.what if text.endswith(".json")]
     given = dict(assignment(text) for text in options.what if not text.endswith(".json"))
     if lists and given:
         raise ValueError(f"give lists or settings, not both (found {next(iter(given))}= beside {lists[0]})")
     planned = [e for path in lists for e in expand(path)] or [Experiment.of({"experiment": "own", **given})]
-    places, done = Places(options.root, options.data, options.revision), 0
+    places, done = Places(options.root, options.data or options.root / "data", options.revision), 0
     how = {"minutes": options.minutes, "jobs": options.jobs, "fuse": options.fuse}
     for done, r in enumerate(run_all(planned, places, device=resolve_device(options.device), **how), 1):
         what = f"{r['run_id']} {r['network']} {r['method']} seed {r['seed']}: FLOP ratio {r['flop_ratio']:.2f}"
         accuracies = f"{r['acc_baseline']:.2f} -> {r['acc_pruned']:.2f} -> {r['acc_final']:.2f} %"
         print(f"{done}/{len(planned)} {what}, {accuracies}, {r['seconds']:.0f} s", flush=True)
     return 0 if done == len(planned) else 75  # 75: stopped at the time limit, call again
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """A setting, NAME=VALUE; a value that is no Python literal is text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is neither a list (*.json) nor NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line, flushed to the disk; a last line that was cut short is ended first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def network_id(network: nn.Module) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of the state dict: names in order, each with its raw bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def hold_out(data: ImageData, count: int) -> ImageData:
+    """The last `count` training images as the test, the others for training: what choices are made on."""
+    if not 0 < count < len(data.train):
+        raise ValueError(f"holdout={count} must lie in 1..{len(data.train) - 1}, the training images")
+    here, there = slice(-count), slice(-count, None)
+    train, test = (Split(data.train.images[part], data.train.labels[part]) for part in (here, there))
+    return ImageData(data.name, train, test, data.classes)
 
 
 def revision() -> str:
@@ -279,5 +328,5 @@ def _record(plan: Experiment, data: ImageData, places: Places, results: dict[str
         "python": platform.python_version(),
         "revision": places.revision or revision(),
     }
-    state.append_line(places.runs / f"{plan.experiment}.jsonl", json.dumps(record))
+    append_line(places.runs / f"{plan.experiment}.jsonl", json.dumps(record))
     return record
