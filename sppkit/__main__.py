@@ -8,45 +8,53 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from sppkit import data, records
+from sppkit import data
 
-# Commands that lie in the repository beside what they make or draw: folder, module, function, what they do
-BESIDE = {
-    "run": ("data/experiments", "driver", "main", "run experiments, resumable, skipping what is recorded"),
-    "bench": ("data/experiments", "bench", "main", "training speed: eager, captured, pruning"),
-    "figures": ("figures", "draw", "main", "draw the figures whose records changed"),
-    "report": ("figures", "draw", "report", "print the table of an experiment's records in Markdown"),
+# What each command does, and where: a module that lies in the repository beside what it makes or draws, or this one
+COMMANDS = {
+    "check": ("OK or FAIL for every requirement, then the device and the data sets found", "sppkit.__main__", "check"),
+    "data": ("load a data set, downloading it first if asked, and describe it", "sppkit.__main__", "describe"),
+    "run": ("run experiments, resumable, skipping what is recorded", "data/experiments/driver", "main"),
+    "bench": ("training speed: eager, captured, pruning", "data/experiments/bench", "main"),
+    "figures": ("draw the figures whose records changed", "figures/draw", "main"),
+    "report": ("print the table of an experiment's records in Markdown", "figures/draw", "report"),
 }
 
 
+def project_root() -> Path:
+    """The first of the working directory and its parents that holds data/runs; else the working directory."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "data" / "runs").is_dir()), here)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run one command; returns the exit status."""
+    """Run one command with its arguments; returns the exit status."""
+    overview = argparse.ArgumentParser(prog="sppkit", description=__doc__)
+    commands = overview.add_subparsers(dest="name", required=True)
+    for name, (description, *_) in COMMANDS.items():
+        commands.add_parser(name, help=description, add_help=False)
     given = sys.argv[1:] if arguments is None else arguments
+    name = overview.parse_args(given[:1]).name
+    description, place, function = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"sppkit {name}", description=description)
+    parser.add_argument("--root", type=Path, default=project_root(), help="folder of data/runs and figures/")
+    parser.add_argument("--data", type=Path, help="folder of the data sets (default: data/ in the root)")
     try:
-        if given and given[0] in BESIDE:
-            return beside(given[0], given[1:])
-        options = _parser().parse_args(given)
-        return options.command(options) or 0
+        folder, _, module = place.rpartition("/")
+        if folder:
+            beside = Path(__file__).parent.parent / folder
+            if not (beside / f"{module}.py").exists():
+                raise ValueError(f"{place}.py is not here: run this in a checkout of the repository")
+            sys.path.insert(0, str(beside))
+        return getattr(importlib.import_module(module), function)(parser, given[1:]) or 0
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"sppkit {given[0]}: {error}", file=sys.stderr)
+        print(f"sppkit {name}: {error}", file=sys.stderr)
         return 1
 
 
-def beside(name: str, arguments: list[str]) -> int:
-    """Run a command of `BESIDE`; ValueError where there is no checkout of the repository."""
-    folder, module, function, description = BESIDE[name]
-    place = Path(__file__).parent.parent / folder
-    if not (place / f"{module}.py").exists():
-        raise ValueError(f"{folder}/{module}.py is not here: run this in a checkout of the repository")
-    sys.path.insert(0, str(place))
-    parser = argparse.ArgumentParser(prog=f"sppkit {name}", description=description)
-    _places(parser)
-    return getattr(importlib.import_module(module), function)(parser, arguments) or 0
-
-
-def check(options: argparse.Namespace) -> int:
-    """OK or FAIL for every requirement, then the device and the data sets found."""
-    failed = 0
+def check(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """The command `check`."""
+    options, failed = parser.parse_args(arguments), 0
     for wanted in map(Requirement, ("Python>=3.11,<3.14", *(requires("sppkit") or []))):
         if wanted.marker and not wanted.marker.evaluate({"extra": "notebooks"}):
             continue
@@ -66,31 +74,15 @@ def check(options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def data_command(options: argparse.Namespace) -> None:
-    """Load a data set, downloading it first if asked, and describe it."""
+def describe(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """The command `data`."""
+    parser.add_argument("set", help="digits, cifar10, imagenette or a folder of images")
+    parser.add_argument("--download", action="store_true", help="fetch it if it is absent")
+    options = parser.parse_args(arguments)
     found = data.load(options.set, root=options.data or options.root / "data", download=options.download)
     size, classes = found.image_size, found.classes
     print(f"{found.name}: {len(found.train)} training and {len(found.test)} test images of {size}x{size} pixels")
     print(f"{len(classes)} classes: {', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}")
-
-
-def _places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=Path, default=records.project_root(), help="folder of data/runs and figures/")
-    parser.add_argument("--data", type=Path, help="folder of the data sets (default: data/ in the root)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sppkit", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, function in (("check", check), ("data", data_command)):
-        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(command=function)
-        _places(sub)
-    sub.add_argument("set", help="digits, cifar10, imagenette or a folder of images")
-    sub.add_argument("--download", action="store_true", help="fetch it if it is absent")
-    for name, (*_, description) in BESIDE.items():
-        commands.add_parser(name, help=description)
-    return parser
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -160,11 +161,8 @@ def _read(folder: Path, size: int, *, least: int = 1) -> tuple[Tensor, Tensor, t
     if len(members) < 2 or few:
         found = f"{str(folder)!r} holds {len(members)} class folders, of these with too few images: {few}"
         raise ValueError(f"{found}; it needs two or more, each with {least} or more ({', '.join(SUFFIXES)})")
-    files = [path for paths in members.values() for path in paths]
-    images = np.empty((len(files), size, size, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for i, image in enumerate(pool.map(lambda path: _decode(path, size), files)):
-            images[i] = image
+        images = np.stack([*pool.map(partial(_decode, size=size), chain(*members.values()))])
     counts = torch.tensor([len(paths) for paths in members.values()])
     return torch.from_numpy(images), torch.arange(len(counts)).repeat_interleave(counts), tuple(members)
 

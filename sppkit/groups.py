@@ -111,24 +111,26 @@ class Groups:
         shape = (-1, *[1] * (weight.ndim - 1)) if rows else (1, *weight.shape[1:])
         return torch.from_numpy(ids).reshape(shape).to(weight.device)
 
-    def conv_macs(self, gone: np.ndarray) -> int:
-        """Convolution MACs of the compact network without the groups `gone` (G,), bool.
+    def conv_macs(self, gone: np.ndarray, *, by_products: bool = True) -> dict[str, int]:
+        """MACs of each convolution of the compact network without the groups `gone` (G,), bool.
 
-        A filter that no later column reads any more goes as well, as in `compact.compact`.
+        A filter that no later column reads any more goes as well, as in `compact.compact`; without `by_products` only
+        where filters are the groups.
         """
-        gone, total = np.append(gone, False), 0
+        gone, left = np.append(gone, False), dict[str, int]()
         alive = {name: ~gone[ids] for name, ids in self.columns.items()}  # (C, taps)
         for name, flow in self.flows.items():
             columns = alive[name].mean() if name in alive else 1.0  # the share that is left
             read = [alive[reader].any(1) for reader in flow.consumers if reader in alive]
             known = read and len(read) == len(flow.consumers) and not flow.mixed
+            known = known and (by_products or self.kind == "filter")
             rows = max(np.any(read, 0).mean(), 1 / len(read[0])) if known else 1.0
-            total += round(self.macs[name] * float(rows * columns))
-        return total
+            left[name] = round(self.macs[name] * float(rows * columns))
+        return left
 
-    def flop_ratio(self, gone: np.ndarray) -> float:
+    def flop_ratio(self, gone: np.ndarray, *, by_products: bool = True) -> float:
         """Convolution MACs, dense over compact, without the groups `gone` (G,)."""
-        return sum(self.macs.values()) / self.conv_macs(gone)
+        return sum(self.macs.values()) / sum(self.conv_macs(gone, by_products=by_products).values())
 
     def importance(self, name: str, weight: Tensor) -> Tensor:
         """L1 norm of each group's own weights in layer `name`, (groups,): rows for filters, else columns."""

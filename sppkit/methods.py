@@ -100,15 +100,8 @@ def ssl(pruner: Pruner, importance: Tensor) -> Tensor:
     return oneshot(pruner, importance) if pruner.updates + 1 >= pruner.rounds else pruner.probability
 
 
-METHODS: dict[str, Callable[[Pruner, Tensor], Tensor]] = {
-    "spp": probabilistic,
-    "deterministic": deterministic,
-    "oneshot": oneshot,
-    "gradual": gradual,
-    "random": random,
-    "taylor": taylor,
-    "ssl": ssl,
-}
+METHODS: dict[str, Callable[[Pruner, Tensor], Tensor]] = {"spp": probabilistic}
+METHODS |= {method.__name__: method for method in (deterministic, oneshot, gradual, random, taylor, ssl)}
 
 
 def _positions(pruner: Pruner, importance: Tensor) -> np.ndarray:

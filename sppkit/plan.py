@@ -36,7 +36,8 @@ class Plan:
         rows = [(n, self.groups.sizes.get(n, 0), self.targets.get(n, 0)) for n in self.groups.macs]
         table = pd.DataFrame(rows, columns=["layer", "groups", "pruned"])
         table["kept"], table["ratio"] = table["groups"] - table["pruned"], (table["pruned"] / table["groups"]).fillna(0)
-        return table.assign(macs=[*self.groups.macs.values()], macs_left=[*_macs(self.groups, self.targets).values()])
+        left = self.groups.conv_macs(_gone(self.groups, self.targets), by_products=False)
+        return table.assign(macs=[*self.groups.macs.values()], macs_left=[*left.values()])
 
     @property
     def reached(self) -> float:
@@ -117,18 +118,16 @@ def _shares(groups: Groups, rule: str | Mapping[str, float]) -> dict[str, float]
     return {name: weight.get(pixels[name], 1.0) for name in groups.layers}
 
 
-def _macs(groups: Groups, targets: Mapping[str, int]) -> dict[str, int]:
-    """MACs of each convolution when `targets` groups are gone, by shares."""
-    kept = {layer: 1 - count / groups.sizes[layer] for layer, count in targets.items()}
-    left = {name: macs * kept.get(name, 1.0) for name, macs in groups.macs.items()}
-    if groups.kind == "filter":
-        for layer, share in kept.items():
-            left |= {reader: left[reader] * share for reader in groups.flows[layer].consumers if reader in left}
-    return {name: round(macs) for name, macs in left.items()}
+def _gone(groups: Groups, targets: Mapping[str, int]) -> np.ndarray:
+    """As many groups of each layer as its target says, (G,): the first ones, since by-products are not counted."""
+    gone = np.zeros(groups.count, dtype=bool)
+    for name, count in targets.items():
+        gone[groups.slices[name]][:count] = True
+    return gone
 
 
 def _ratio(groups: Groups, targets: Mapping[str, int]) -> float:
-    return sum(groups.macs.values()) / sum(_macs(groups, targets).values())
+    return groups.flop_ratio(_gone(groups, targets), by_products=False)
 
 
 @torch.no_grad()

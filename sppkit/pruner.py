@@ -80,9 +80,9 @@ class Pruner:
         spp.check(A=self.A, u=self.u, form=self.form)
         if self.interval < 1 or self.rounds < 1:
             raise ValueError(f"interval={self.interval} and rounds={self.rounds} must be at least 1")
-        if self.method not in methods.METHODS or self.gradient not in GRADIENTS:
-            known = f"one of {', '.join(methods.METHODS)}, and gradient={self.gradient!r} one of {', '.join(GRADIENTS)}"
-            raise ValueError(f"method={self.method!r} must be {known}")
+        for name, known in (("method", methods.METHODS), ("gradient", GRADIENTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         self.groups, self.slices = self.plan.groups, self.plan.groups.slices  # slices: of the flat group axis
         for name, module in self.groups.modules.items():
             if self.network.get_submodule(name) is not module:
@@ -110,10 +110,8 @@ class Pruner:
             module.weight.data, module.weight.grad = view, gradient
         self._own = self._rows if self.groups.kind == "filter" else self._columns
         longest = max(self.groups.sizes.values())
-        ids = [[*range(part.start, part.stop)] for part in self.slices.values()]
-        self._layers = torch.tensor(
-            [row + [G + 1] * (longest - len(row)) for row in ids], device=first.device
-        )  # (L, N)
+        ids = [[*range(part.start, part.stop)] + [G + 1] * longest for part in self.slices.values()]
+        self._layers = torch.tensor([row[:longest] for row in ids], device=first.device)  # (L, N) indices of groups
         goal = [self.plan.targets[name] + longest - size for name, size in self.groups.sizes.items()]
         self._target = torch.tensor(goal, device=first.device)  # (L,), with those that are not there
 

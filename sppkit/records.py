@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -27,20 +25,12 @@ def project_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "data" / "runs").is_dir()), here)
 
 
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, oldest first, none if it is absent; a broken line is a ValueError that names it."""
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove that line") from error
-
-
 def read(name: str, root: Path | None = None) -> pd.DataFrame:
     """The records of data/runs/<name>.jsonl, a row a run, with `title` of the method and points `lost`."""
-    runs = pd.DataFrame(lines((root or project_root()) / "data" / "runs" / f"{name}.jsonl"))
-    if runs.empty:
-        raise ValueError(f"no records of {name!r} in data/runs; `python -m sppkit run` makes them")
+    path = (root or project_root()) / "data" / "runs" / f"{name}.jsonl"
+    if not path.exists():
+        raise ValueError(f"no records of {name!r} in {path.parent}; `python -m sppkit run` makes them")
+    runs = pd.DataFrame(map(json.loads, path.read_text().splitlines()))
     kinds = ["channel" if m == "cp" else s["kind"] for m, s in zip(runs["method"], runs["settings"], strict=True)]
     titles = [f"{TITLES[method]}, {kind}s" for method, kind in zip(runs["method"], kinds, strict=True)]
     return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])

@@ -27,20 +27,27 @@ from torch import Tensor
 FORMS = ("adaptive", "literal")
 
 
-def increment(rank: Tensor | float, remaining: int, *, A: float = 0.05, u: float = 0.25) -> Tensor:
+def increment(rank: Tensor | float, remaining: Tensor | int, *, A: float = 0.05, u: float = 0.25) -> Tensor:
     """Change of the pruning probability at one update, SPP eq. (3), with alpha = ln(2/u) / remaining.
 
     rank, of any shape, counts among the groups not yet pruned, 0 the least important; `remaining` of these must still
     reach p = 1. Returns float64 like `rank`: A at 0, u·A at N = -ln(u) / alpha (the centre of symmetry), 0 at
-    `remaining`, negative beyond. Raises ValueError for remaining < 1, A outside (0, 1] or u outside (0, 1).
+    `remaining`, negative beyond. Raises ValueError for remaining < 1, A outside (0, 1] or u outside (0, 1); a tensor
+    `remaining`, which broadcasts to `rank`, is not checked.
 
     >>> increment(torch.tensor([0, 5, 15]), 10)
     tensor([ 0.0500,  0.0177, -0.0457], dtype=torch.float64)
     """
-    if remaining < 1:
+    if not isinstance(remaining, Tensor) and remaining < 1:
         raise ValueError(f"remaining={remaining} must be at least 1; a layer at its target needs no update")
     check(A=A, u=u)
-    return _increment(torch.as_tensor(rank, dtype=torch.float64), torch.tensor(remaining), A, u)
+    r = torch.as_tensor(rank, dtype=torch.float64)
+    alpha = math.log(2 / u) / torch.as_tensor(remaining, dtype=torch.float64, device=r.device)
+    centre = -math.log(u) / alpha  # N
+    falling = A * torch.exp(-alpha * r)
+    # exp would overflow far beyond the target near the end; the clamp to [0, 1] of eq. (4) makes both the same
+    rising = 2 * u * A - A * torch.exp((-alpha * (2 * centre - r)).clamp(max=700))
+    return torch.where(r <= centre, falling, rising)  # SPP eq. (3)
 
 
 def check(*, A: float, u: float, form: str = "adaptive") -> None:
@@ -49,15 +56,6 @@ def check(*, A: float, u: float, form: str = "adaptive") -> None:
         raise ValueError(f"A={A} must lie in (0, 1] and u={u} in (0, 1); the paper uses A=0.05, u=0.25")
     if form not in FORMS:
         raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}")
-
-
-def _increment(r: Tensor, remaining: Tensor, A: float, u: float) -> Tensor:
-    alpha = math.log(2 / u) / remaining.to(r.device, torch.float64)
-    centre = -math.log(u) / alpha  # N
-    falling = A * torch.exp(-alpha * r)
-    # exp would overflow far beyond the target near the end; the clamp to [0, 1] of eq. (4) makes both the same
-    rising = 2 * u * A - A * torch.exp((-alpha * (2 * centre - r)).clamp(max=700))
-    return torch.where(r <= centre, falling, rising)  # SPP eq. (3)
 
 
 def advance(
@@ -73,7 +71,7 @@ def advance(
     remaining = missing if form == "adaptive" else (target - importance.isinf().sum(1))[:, None]
     score = importance.masked_fill(gone, torch.inf) if form == "adaptive" else importance
     rank = score.argsort(dim=1, stable=True).argsort(dim=1).double()  # (L, N), 0 the least important
-    moved = (p.double() + _increment(rank, remaining.clamp(min=1), A, u)).clamp(0, 1)  # SPP eq. (4)
+    moved = (p.double() + increment(rank, remaining.clamp(min=1), A=A, u=u)).clamp(0, 1)  # SPP eq. (4)
     return torch.where(gone | (missing <= 0), p, moved.to(p.dtype))
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sppkit import state
 from sppkit.batches import Batches, Normalise
-from sppkit.data import ImageData
+from sppkit.data import ImageData, Split
 from sppkit.pruner import Pruner
 
 
@@ -43,12 +43,16 @@ class Training:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps={self.steps} and batch_size={self.batch_size} must be at least 1")
-        if self.schedule not in ("step", "cosine"):
-            raise ValueError(f"schedule={self.schedule!r} must be 'step' or 'cosine'")
-        if self.precision not in ("float32", "tf32", "bf16"):
-            raise ValueError(f"precision={self.precision!r} must be 'float32', 'tf32' or 'bf16'")
+        for name, known in (("schedule", ("step", "cosine")), ("precision", ("float32", "tf32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr={self.lr} must be positive")
+
+    def batches(self, split: Split) -> Batches:
+        """Batches of `split` as a run with these settings sees them."""
+        drawn: dict[str, Any] = {key: getattr(self, key) for key in ("batch_size", "seed", "crop_padding", "flip")}
+        return Batches(split, normalise=Normalise.of(split, self.normalise), **drawn)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -78,8 +82,7 @@ class TrainingStep:
         self.device = train.images.device
         self.capture &= self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
-        drawn: dict[str, Any] = {key: getattr(settings, key) for key in ("batch_size", "seed", "crop_padding", "flip")}
-        self.batches = Batches(train, normalise=Normalise.of(train, settings.normalise), **drawn)
+        self.batches = settings.batches(train)
         self.optimizer = _optimizer(self.network, settings, self.device)
         if self.pruner is not None:
             self.pruner.attach(self.optimizer)
@@ -130,10 +133,9 @@ class TrainingStep:
         kept = [tensor.clone() for tensor in mutable]
         masks = [] if self.pruner is None else [self.pruner.generator]
         states = [(generator, generator.get_state()) for generator in (*masks, self.generator)]
-        # A stream of this run's own: kernels captured on one stream share scratch memory, and two graphs that use
-        # it at the same time hang.
-        own = torch.cuda.current_stream() != torch.cuda.default_stream()
-        stream = torch.cuda.current_stream() if own else torch.cuda.Stream()
+        # A stream of this run's own: graphs captured on one stream share scratch memory, and hang when run together.
+        stream = torch.cuda.current_stream()
+        stream = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -149,11 +151,6 @@ class TrainingStep:
         with torch.cuda.graph(self.graph, stream=stream):
             self._body()
 
-    def momentum(self) -> dict[str, Tensor]:
-        """The optimiser's momentum buffers by the names of their parameters."""
-        momentum = {p: state["momentum_buffer"] for p, state in self.optimizer.state.items() if state}
-        return {name: momentum[p] for name, p in self.network.named_parameters() if p in momentum}
-
     def read(self, done: int, steps: int) -> dict[str, float]:
         """Means over the last `steps` of the steps `done`, as a row of the history; starts the sums anew."""
         loss, correct = (self.totals / steps).tolist()
@@ -164,8 +161,10 @@ class TrainingStep:
         return {"step": done, "lr": self.rate, "loss": loss, "accuracy": 100 * correct}
 
     def _tensors(self) -> dict[str, Tensor]:
-        own = {f"network/{name}": value for name, value in self.network.state_dict().items()}
-        return own | {f"momentum/{name}": value for name, value in self.momentum().items()} | {"totals": self.totals}
+        own = {f"network/{name}": value for name, value in self.network.state_dict().items()} | {"totals": self.totals}
+        momentum = {p: state["momentum_buffer"] for p, state in self.optimizer.state.items() if state}
+        names = {name: p for name, p in self.network.named_parameters() if p in momentum}
+        return own | {f"momentum/{name}": momentum[p] for name, p in names.items()}
 
     def _description(self) -> dict[str, Any]:
         """The settings as a file gives them back: JSON has no tuples."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -20,13 +19,12 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from sppkit import state
-from sppkit.batches import Batches, Normalise, evaluation
+from sppkit.batches import Normalise, evaluation
 from sppkit.data import ImageData
 from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep, autocast, precision_flags
 
 SAVE_EVERY = 600  # seconds between checkpoints
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -105,33 +103,22 @@ def exhaust(generator: Generator[None, None, Result]) -> Result:
             return end.value
 
 
-def exhausted(function: Callable[Arguments, Generator[None, None, Result]]) -> Callable[Arguments, Result]:
-    """`function` run to its end."""
-
-    @wraps(function)
-    def whole(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return exhaust(function(*args, **kwargs))
-
-    return whole
-
-
-fit = exhausted(training)  # the same, run to its end at once
+def fit(network: nn.Module, data: ImageData, settings: Training, **options: Any) -> pd.DataFrame:
+    """`training`, with its options, run to its end."""
+    return exhaust(training(network, data, settings, **options))
 
 
 def renew_statistics(network: nn.Module, data: ImageData, settings: Training, *, batches: int = 100) -> None:
     """Take every BatchNorm's mean and variance anew, as averages over training batches without masks."""
-    drawn = {key: getattr(settings, key) for key in ("batch_size", "seed", "crop_padding", "flip")}
-    source = Batches(data.train, normalise=Normalise.of(data.train, settings.normalise), **drawn)
+    source, device = settings.batches(data.train), data.train.images.device
 
     def inputs() -> Iterator[Tensor]:
         for number in range(batches):
-            epoch, position = divmod(number, source.steps_per_epoch)
-            if position == 0:
-                source.start_epoch(epoch)
-            source.select(position)
+            if number % source.steps_per_epoch == 0:
+                source.start_epoch(number // source.steps_per_epoch)
+            source.select(number % source.steps_per_epoch)
             yield source.batch()[0]
 
-    device = data.train.images.device
     with precision_flags(device, settings), autocast(device, settings):
         update_bn(inputs(), network)
 

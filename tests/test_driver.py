@@ -12,8 +12,9 @@ import pytest
 import torch
 from driver import Limits, baseline, run, run_all
 from settings import Experiment, Places, expand
+from settings import lines as lines_of
 
-from sppkit import networks, records, state
+from sppkit import networks, state
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
 from sppkit.data import ImageData, load
@@ -181,7 +182,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     places.runs.mkdir(parents=True)
     (places.runs / "e.jsonl").write_text('{"run_id": "1"}\n{"run_id": \n')
     with pytest.raises(ValueError, match=r"e\.jsonl, line 2 is not JSON"):
-        list(records.lines(places.runs / "e.jsonl"))
+        list(lines_of(places.runs / "e.jsonl"))
 
 
 def test_a_baseline_of_another_image_size_is_refused(finished: Places) -> None:

@@ -370,7 +370,7 @@ def test_a_diverged_run_says_so_and_keeps_the_checkpoint_it_had(images: ImageDat
 def test_nothing_that_is_not_finite_is_saved(images: ImageData, tmp_path: Path, part: str) -> None:
     network = make("dropout")
     run = TrainingStep(network, images, SETTINGS)
-    momentum = run.momentum()["0.weight"]
+    momentum = run._tensors()["momentum/0.weight"]
     tensors = {"weights": network[0].weight, "statistics": network[1].running_var}
     ({"momentum": momentum, "loss": run.totals} | tensors)[part].data.view(-1)[0] = math.nan
     with pytest.raises(FloatingPointError, match="weights or loss are no longer finite at step 3"):
@@ -444,8 +444,8 @@ def test_a_checkpoint_holds_no_code(checkpoint: Path) -> None:
     [
         ({"steps": 0}, "steps=0 and batch_size=8 must be at least 1"),
         ({"batch_size": 0}, "steps=14 and batch_size=0"),
-        ({"schedule": "linear"}, "schedule='linear' must be 'step' or 'cosine'"),
-        ({"precision": "fp16"}, "precision='fp16' must be 'float32', 'tf32' or 'bf16'"),
+        ({"schedule": "linear"}, "schedule='linear' must be one of step, cosine"),
+        ({"precision": "fp16"}, "precision='fp16' must be one of float32, tf32, bf16"),
         ({"lr": 0.0}, r"lr=0\.0 must be positive"),
         ({"lr": math.nan}, "lr=nan must be positive"),
         ({"lr": math.inf}, "lr=inf must be positive"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sppkit import methods
-from sppkit.records import lines, project_root
+from sppkit.records import project_root
 from sppkit.step import Training
 
 METHODS = ("baseline", "cp", *methods.METHODS)
@@ -120,6 +121,15 @@ def expand(path: Path) -> list[Experiment]:
         for values in itertools.product(*(settings[axis] for axis in axes)):
             found.append(Experiment.of(settings | dict(zip(axes, values, strict=True))))
     return sorted(found, key=lambda experiment: experiment.seed)  # a list cut short has whole comparisons
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, oldest first, none if it is absent; a broken line is a ValueError that names it."""
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove that line") from error
 
 
 @dataclass(frozen=True)
