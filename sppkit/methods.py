@@ -35,7 +35,8 @@ SSL_STRENGTH = 1.2e-3  # of the group lasso, as in the SPP authors' code
 
 def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> Tensor:
     """SPP: one update of every layer that is not yet at its target; `falls=False` keeps what has risen."""
-    p, score = pruner.layer_rows(pruner.probability, 1.0), pruner.layer_rows(importance, torch.inf)  # (L, N)
+    old = pruner.probability.clone()
+    p, score = pruner.layer_rows(old, 1.0), pruner.layer_rows(importance, torch.inf)  # (L, N)
     moved = spp.advance(p, score, pruner._target, A=pruner.A, u=pruner.u, form=pruner.form)
     moved = moved if falls else torch.maximum(moved, p)
     there = pruner._layers < pruner.groups.count
@@ -47,7 +48,8 @@ def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> 
         full = (moved == 1).sum(1, keepdim=True) >= pruner._target[:, None]  # (L, 1) layers at their targets
         done = torch.full_like(pruner.gone, last)
         done[pruner._layers[there]] |= full.expand_as(there)[there]
-        pruner.probability[reached & ~torch.from_numpy(gone).to(reached.device)] = 0.0  # more than the FLOP ratio needs
+        spared = reached & ~torch.from_numpy(gone).to(reached.device)  # the FLOP ratio does not need them
+        pruner.probability[spared], seen[spared] = 0.0, old[spared]
         pruner.keep(done)
         pruner.remove(gone, last=last or bool(full.all()))
     return seen

@@ -87,15 +87,9 @@ def resnet(depth: int, *, classes: int = 10, shortcut: str = "A") -> nn.Sequenti
 
 
 def vgg16(*, classes: int = 10, batch_norm: bool = True) -> nn.Sequential:
-    """VGG-16 for 32-pixel images: 13 convolutions of 3x3, five poolings, one linear layer."""
-    layers, inputs = list[nn.Module](), 3
-    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        for _ in range(count):
-            layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=not batch_norm))
-            layers += [nn.BatchNorm2d(width), nn.ReLU()] if batch_norm else [nn.ReLU()]
-            inputs = width
-        layers.append(nn.MaxPool2d(2))
-    parts = {"features": nn.Sequential(*layers), "flatten": nn.Flatten(), "linear": nn.Linear(512, classes)}
+    """VGG-16 for 32-pixel images: torchvision's 13 convolutions of 3x3 and five poolings, one linear layer."""
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=batch_norm)
+    parts = {"features": features, "flatten": nn.Flatten(), "linear": nn.Linear(512, classes)}
     return nn.Sequential(OrderedDict(parts)).apply(_initialise)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from sppkit import spp
 from sppkit.groups import Groups
@@ -139,21 +141,11 @@ def pca_sensitivity(network: nn.Module, images: Tensor, *, energy: float = 0.9) 
     """
     if not 0 < energy < 1:
         raise ValueError(f"energy={energy} must lie in (0, 1)")
-    found: dict[str, float] = {}
-
-    def record(name: str, output: Tensor) -> None:
+    found = {}
+    outputs = create_feature_extractor(copy.deepcopy(network).eval(), [*convolutions(network)])(images)
+    for name, output in outputs.items():
         points = output.transpose(0, 1).flatten(1).double()  # (O, B·H·W)
         values = torch.linalg.eigvalsh(torch.cov(points)).flip(0).clamp_min(0)  # (O,), largest first
         enough = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
         found[name] = min(enough, len(values)) / len(values)
-
-    convs = convolutions(network).items()
-    hooks = [conv.register_forward_hook(lambda *a, name=name: record(name, a[2])) for name, conv in convs]
-    training = network.training
-    try:
-        network.eval()(images)
-    finally:
-        network.train(training)
-        for hook in hooks:
-            hook.remove()
     return found

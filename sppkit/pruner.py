@@ -180,10 +180,9 @@ class Pruner:
             bad = next(n for n, part in self.slices.items() if not importance[part].isfinite().all())
             where = f"layer {bad!r}, step {self.updates * self.interval}"
             raise FloatingPointError(f"{where}: weights are NaN or infinite; lower lr or go back to a checkpoint")
-        seen = methods.METHODS[self.method](self, importance)
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(self._p, 0)  # rounding on another machine must not lead to other masks
-        self.trace.append(seen.to("cpu", copy=True))
+            dist.broadcast(importance, 0)  # one ranking for all, whatever rounding does elsewhere
+        self.trace.append(methods.METHODS[self.method](self, importance).to("cpu", copy=True))
 
     def remove(self, gone: np.ndarray, *, last: bool) -> None:
         """Take groups (G,) out for good; with `last`, the rest stay and the pruner is finished."""
@@ -245,9 +244,9 @@ class Pruner:
 
     def table(self) -> pd.DataFrame:
         """One row a layer: groups, target, pruned, and how many rose above p = 0.5 and came back (recovered)."""
-        rows = []
+        rows, trace = [], self.state()["trace"]
         for name, target in self.plan.targets.items():
-            p = self.state()["trace"][:, self.slices[name]]  # (updates, N_c)
+            p = trace[:, self.slices[name]]  # (updates, N_c)
             p = p[: int(((p == 1).sum(1) < target).sum()) + 1]  # up to the update that finished the layer
             back = ((p > 0.5).any(0) & (p[-1:] < 0.5).any(0)).sum()
             rows.append((name, p.shape[1], target, self.pruned(name), int(back)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -131,11 +133,11 @@ def test_a_block_adds_its_shortcut_before_the_last_relu() -> None:
     assert torch.allclose(block(x), (x + 0.25).clamp(min=0))
 
 
-def test_batch_norm_takes_the_place_of_the_bias() -> None:
-    plain, normalised = create("vgg16"), create("vgg16-bn")
-    assert all(conv.bias is not None for conv in networks.convolutions(plain).values())
-    assert all(conv.bias is None for conv in networks.convolutions(normalised).values())
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in normalised.modules()) == 13
+def test_batch_norm_follows_each_convolution() -> None:
+    kinds = [type(module) for module in create("vgg16-bn").features]
+    follow = [after for before, after in itertools.pairwise(kinds) if before is nn.Conv2d]
+    assert follow == [nn.BatchNorm2d] * 13
+    assert nn.BatchNorm2d not in [type(module) for module in create("vgg16").features]
 
 
 def test_weights_come_from_the_seed_alone_and_global_state_stays(monkeypatch: pytest.MonkeyPatch) -> None:
