@@ -46,7 +46,7 @@ class Batches:
     batch_size: int
     seed: int
     normalise: Normalise
-    crop_padding: int = 0  # black pixels added on each side before the crop
+    crop_padding: int = 0  # pixels of the mean colour added on each side before the crop
     flip: bool = False
 
     def __post_init__(self) -> None:
@@ -56,8 +56,9 @@ class Batches:
         if self.crop_padding < 0:
             raise ValueError(f"crop_padding={self.crop_padding} must be 0 or more pixels")
         self.steps_per_epoch = count // self.batch_size
+        colour = self.normalise.mean.flatten(1).mean(1).round().byte()  # (3,): what becomes 0
         border = (0, 0, *[self.crop_padding] * 4)
-        self.padded = F.pad(self.split.images, border) if self.crop_padding else self.split.images
+        self.padded = F.pad(self.split.images - colour, border) + colour if self.crop_padding else self.split.images
         self.rows, self.cols = torch.arange(height, device=device), torch.arange(width, device=device)
         self.order = torch.arange(count, device=device)
         self.offsets = torch.zeros(count, 2, dtype=torch.int64, device=device)  # of a crop: row, column

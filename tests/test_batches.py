@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from sppkit.batches import Batches, Normalise, evaluation
 from sppkit.data import Split
@@ -124,7 +125,18 @@ def test_a_batch_is_normalised_after_the_crop() -> None:
     normalise = Normalise.of(part, "mean_image")
     settings = {"batch_size": 8, "seed": 1, "crop_padding": 2, "flip": True}
     plain, centred = (Batches(part, normalise=n, **settings) for n in (raw(), normalise))  # type: ignore[arg-type]
-    assert torch.equal(centred.batch()[0], plain.batch()[0] - normalise.mean)
+    x, expected = centred.batch()[0], plain.batch()[0] - normalise.mean
+    border = batch_of_ones(part, settings) == 0  # (B, 1, H, W), outside the images
+    assert torch.equal(x.masked_select(~border), expected.masked_select(~border))
+    colour = normalise.mean.flatten(1).mean(1).round().view(1, 3, 1, 1)  # the mean colour, not black
+    assert torch.equal((x + normalise.mean).masked_select(border), colour.expand_as(x).masked_select(border))
+    assert 0 < int(border.sum()) < border.numel()
+
+
+def batch_of_ones(part: Split, settings: dict) -> Tensor:
+    """Which pixels of the batch come from the images, (B, 1, H, W)."""
+    ones = Split(torch.ones_like(part.images), part.labels)
+    return Batches(ones, normalise=raw(), **settings).batch()[0][:, :1]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from sppkit.step import Training
 
 METHODS = ("baseline", "cp", *methods.METHODS)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
-LATER = ("kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout")
+LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
+LATER += ["baseline_schedule", "retrain_schedule"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
 
 
@@ -40,6 +41,8 @@ class Experiment:
     baseline_steps: int = 70_000
     baseline_lr: float = 1e-3
     baseline_milestones: tuple[int, ...] = (60_000, 65_000)
+    baseline_schedule: str = "step"  # or "cosine"
+    baseline_seed: int = -1  # the baseline's; -1: each seed has its own
     prune_steps: int = 32_400  # all of them: once the plan is reached, the masks stay as they are
     prune_lr: float = 1e-3
     kind: str = "column"  # of the groups, see `groups`; CP always prunes channels
@@ -54,6 +57,7 @@ class Experiment:
     retrain_steps: int = 25_000
     retrain_lr: float = 1e-3
     retrain_milestones: tuple[int, ...] = (15_000, 20_000)
+    retrain_schedule: str = "step"
     images: int = 5_000  # CP: training images sampled
     points: int = 10  # CP: positions an image
     holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
@@ -78,17 +82,11 @@ class Experiment:
     def baseline(self) -> Experiment:
         """The training run that this experiment starts from; pruning settings do not enter it."""
         # prune_steps as it was when the first baselines were recorded: their ids stay what they are
-        names = (
-            "network",
-            "dataset",
-            "seed",
-            "holdout",
-            *SHARED,
-            "baseline_steps",
-            "baseline_lr",
-            "baseline_milestones",
-        )
-        kept: dict[str, Any] = {name: getattr(self, name) for name in names}
+        solver = [f"baseline_{name}" for name in ("steps", "lr", "milestones", "schedule")]
+        kept: dict[str, Any] = {
+            name: getattr(self, name) for name in ("network", "dataset", "holdout", *SHARED, *solver)
+        }
+        kept["seed"] = self.seed if self.baseline_seed < 0 else self.baseline_seed
         return Experiment(experiment="baseline", method="baseline", flop_ratio=1.0, prune_steps=60_000, **kept)
 
     def phase(self, name: str) -> Training:
@@ -97,6 +95,7 @@ class Experiment:
             steps=getattr(self, f"{name}_steps"),
             lr=getattr(self, f"{name}_lr"),
             milestones=getattr(self, f"{name}_milestones", ()),
+            schedule=getattr(self, f"{name}_schedule", "step"),
             seed=3 * self.seed + ("baseline", "prune", "retrain").index(name),
             **{key: getattr(self, key) for key in SHARED},
         )
