@@ -16,9 +16,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
+from records import caption, mean_and_spread, read, summary_table
 
 from sppkit import state
-from sppkit.records import caption, mean_and_spread, read, summary_table
 
 
 def accuracy_over_flop_ratio(runs: pd.DataFrame) -> Figure:

@@ -34,7 +34,14 @@ from typing import Any
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("sppkit/*.py", "data/runs/*", "data/checkpoints/*", "data/experiments/*")
+SOURCES = (
+    "sppkit/*.py",
+    "notebooks/records.py",
+    "notebooks/timing.py",
+    "data/runs/*",
+    "data/checkpoints/*",
+    "data/experiments/*",
+)
 SIZE_LIMIT = 1_000_000  # bytes of a committed notebook
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HOMES = (r"/home/\w+", r"/Users/\w+", r"/root/\w", r"[A-Z]:\\+Users\\+\w+")
@@ -192,7 +199,7 @@ def execute(source: Path, copy: Path, values: Mapping[str, Any], *, limits: Limi
                 parameters=dict(values),
                 kernel_name="python3",
                 progress_bar=False,
-                cwd=str(root),
+                cwd=str(source.parent),  # as in Jupyter: records.py and timing.py are found there
                 extra_arguments=["--log-level=CRITICAL"],  # of the kernel: it warns about local sockets
                 timeout_func=seconds_left,
             )

@@ -9,22 +9,18 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from sppkit import data
+from sppkit.data import project_root
 
-# What each command does, and where: a module that lies in the repository beside what it makes or draws, or this one
+# What each command does, and where: this module, or one that lies in the repository beside what it makes or draws
 COMMANDS = {
     "check": ("OK or FAIL for every requirement, then the device and the data sets found", "sppkit.__main__", "check"),
     "data": ("load a data set, downloading it first if asked, and describe it", "sppkit.__main__", "describe"),
-    "run": ("run experiments, resumable, skipping what is recorded", "data/experiments/driver", "main"),
-    "bench": ("training speed: eager, captured, pruning", "data/experiments/bench", "main"),
-    "figures": ("draw the figures whose records changed", "figures/draw", "main"),
-    "report": ("print the table of an experiment's records in Markdown", "figures/draw", "report"),
+    "run": ("run experiments, resumable, skipping what is recorded", "driver", "main"),
+    "bench": ("training speed: eager, captured, pruning", "bench", "main"),
+    "figures": ("draw the figures whose records changed", "draw", "main"),
+    "report": ("print the table of an experiment's records in Markdown", "draw", "report"),
 }
-
-
-def project_root() -> Path:
-    """The first of the working directory and its parents that holds data/runs; else the working directory."""
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "data" / "runs").is_dir()), here)
+BESIDE = ("data/experiments", "figures", "notebooks")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,17 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(name, help=description, add_help=False)
     given = sys.argv[1:] if arguments is None else arguments
     name = overview.parse_args(given[:1]).name
-    description, place, function = COMMANDS[name]
+    description, module, function = COMMANDS[name]
     parser = argparse.ArgumentParser(prog=f"sppkit {name}", description=description)
     parser.add_argument("--root", type=Path, default=project_root(), help="folder of data/runs and figures/")
     parser.add_argument("--data", type=Path, help="folder of the data sets (default: data/ in the root)")
     try:
-        folder, _, module = place.rpartition("/")
-        if folder:
-            beside = Path(__file__).parent.parent / folder
-            if not (beside / f"{module}.py").exists():
-                raise ValueError(f"{place}.py is not here: run this in a checkout of the repository")
-            sys.path.insert(0, str(beside))
+        if "." not in module:
+            places = [Path(__file__).parent.parent / folder for folder in BESIDE]
+            if not any((place / f"{module}.py").exists() for place in places):
+                raise ValueError(f"{module}.py is not beside the package: run this in a checkout of the repository")
+            sys.path[:0] = map(str, places)
         return getattr(importlib.import_module(module), function)(parser, given[1:]) or 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"sppkit {name}: {error}", file=sys.stderr)

@@ -51,6 +51,12 @@ class ImageData:
         return self.train.images.shape[1]
 
 
+def project_root() -> Path:
+    """The first of the working directory and its parents that holds data/runs; else the working directory."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "data" / "runs").is_dir()), here)
+
+
 def resolve_device(name: Device) -> torch.device:
     """The device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; ValueError if it is absent."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -57,14 +57,6 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError naming the first of `tensors` that holds NaN or an infinity; `what` is whose."""
-    for name, tensor in tensors.items():
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            found = f"{what}: {name!r} holds {bad} NaN or infinite of {tensor.numel()} values"
-            raise ValueError(f"{found}; go back to an earlier checkpoint, or lower the learning rate")
-
-
 def save_network(network: nn.Module, path: str | Path, /, **description: Any) -> None:
     """Save the state dict of `network`; `description` says what a reader needs to build the same one."""
     save(path, network.state_dict(), {**description, "kind": "network"})

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from sppkit import state
 from sppkit.batches import Normalise, evaluation
 from sppkit.data import ImageData
 from sppkit.pruner import Pruner
@@ -56,7 +55,8 @@ def training(
     A row an epoch: step (steps done), lr, loss, accuracy (%, on the training batches as they came), seconds.
     FloatingPointError if loss or weights stop being finite; ValueError if they never were, or for another run's file.
     """
-    state.check_finite(dict(network.named_parameters()), "the weights before training")
+    if bad := [name for name, value in network.named_parameters() if not value.isfinite().all()]:
+        raise ValueError(f"the weights of {bad[0]!r} are NaN or infinite before training; go back to a checkpoint")
     run = TrainingStep(network, data, settings, pruner=pruner, capture=capture, fuse=fuse)
     length, first, history = run.batches.steps_per_epoch, 0, list[dict[str, float]]()
     quiet = True if os.environ.get("CI") else None  # None: quiet unless a terminal is attached

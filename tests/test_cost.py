@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timing
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,7 +101,7 @@ def test_measure_gives_a_row_a_network_and_tells_large_from_small() -> None:
     calls: list[str] = []
     small.register_forward_hook(lambda *_: calls.append("small"))
     large.register_forward_hook(lambda *_: calls.append("large"))
-    table = cost.measure({"small": small, "large": large}, torch.zeros(2, 3, 32, 32), rounds=5)
+    table = timing.measure({"small": small, "large": large}, torch.zeros(2, 3, 32, 32), rounds=5)
     assert table.index.tolist() == ["small", "large"]
     assert table.columns.tolist() == ["median_ms", "iqr_ms", "batch", "rounds", "threads", "device"]
     assert calls == ["small", "large"] * 8  # interleaved, three rounds of warm-up

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import draw
 import pytest
-
-from sppkit import records
+import records
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -346,7 +346,7 @@ def fit_to(images: ImageData, steps: int) -> pd.DataFrame:
 def test_weights_that_are_not_finite_are_refused(images: ImageData) -> None:
     network = make("convnet")
     network.conv2.weight.data[0, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"weights before training: 'conv2\.weight' holds 1 NaN or infinite"):
+    with pytest.raises(ValueError, match=r"weights of 'conv2\.weight' are NaN or infinite before training"):
         fit(network, images, SETTINGS)
 
 

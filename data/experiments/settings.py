@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sppkit import methods
-from sppkit.records import project_root
+from sppkit.data import project_root
 from sppkit.step import Training
 
 METHODS = ("baseline", "cp", *methods.METHODS)

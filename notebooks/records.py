@@ -1,4 +1,4 @@
-"""Recorded runs, one line of JSON each in data/runs/, and the tables made from them."""
+"""For the notebooks and figures: recorded runs, one line of JSON each in data/runs/, and the tables made from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pandas as pd
+
+from sppkit.data import project_root
 
 TITLES = {
     "spp": "SPP",
@@ -17,12 +19,6 @@ TITLES = {
     "ssl": "SSL (group lasso)",
     "cp": "CP",
 }
-
-
-def project_root() -> Path:
-    """The first of the working directory and its parents that holds data/runs; else the working directory."""
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "data" / "runs").is_dir()), here)
 
 
 def read(name: str, root: Path | None = None) -> pd.DataFrame:
