@@ -34,14 +34,7 @@ from typing import Any
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (
-    "sppkit/*.py",
-    "notebooks/records.py",
-    "notebooks/timing.py",
-    "data/runs/*",
-    "data/checkpoints/*",
-    "data/experiments/*",
-)
+SOURCES = ("sppkit/*.py", "notebooks/records.py", "notebooks/timing.py", "data/runs/*", "data/checkpoints/*")
 SIZE_LIMIT = 1_000_000  # bytes of a committed notebook
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HOMES = (r"/home/\w+", r"/Users/\w+", r"/root/\w", r"[A-Z]:\\+Users\\+\w+")

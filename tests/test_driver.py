@@ -188,3 +188,35 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 def test_a_baseline_of_another_image_size_is_refused(finished: Places) -> None:
     with pytest.raises(ValueError, match="was trained on 32-pixel images, not 16; move it away"):
         baseline(SMALL, load("digits", size=16), finished)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    places = Places(tmp_path, revision="test")
+    good, bad = replace(SMALL, method="oneshot"), replace(SMALL, prune_steps=5)
+    made = run_all([bad, good], places, device=torch.device("cpu"), jobs=2)
+    assert next(made)["method"] == "oneshot"
+    with pytest.raises(RuntimeError, match="5 steps were too few to prune"):
+        next(made)
+    alone = run(good, load("digits"), Places(tmp_path / "alone", revision="test"))
+    both = places.find(good)
+    assert both is not None
+    same = ("acc_baseline", "acc_pruned", "acc_final", "flop_ratio", "baseline_id")
+    assert {key: both[key] for key in same} == {key: alone[key] for key in same}  # taking turns changes nothing
+    assert places.find(bad) is None
+
+
+def test_choices_are_made_on_training_images(digits: ImageData, tmp_path: Path) -> None:
+    record = run(replace(SMALL, method="oneshot", holdout=200), digits, Places(tmp_path, revision="test"))
+    assert record["test_images"] == 200
+    held = driver.hold_out(digits, 200)
+    assert torch.equal(torch.cat([held.train.images, held.test.images]), digits.train.images)
+    assert record["run_id"] != replace(SMALL, method="oneshot").run_id
+    with pytest.raises(ValueError, match="holdout=1438 must lie in"):
+        driver.hold_out(digits, 1438)
+
+
+def test_a_setting_that_came_later_leaves_older_ids_alone() -> None:
+    assert Experiment("e").run_id == replace(Experiment("e"), kind="column", A=0.05).run_id
+    for name, value in {"kind": "block8", "A": 0.1, "form": "literal", "baseline_seed": 3, "rescale": True}.items():
+        assert Experiment("e").run_id != replace(Experiment("e"), **{name: value}).run_id
+    assert replace(SMALL, seed=4, baseline_seed=1).baseline() == replace(SMALL, seed=1).baseline()

@@ -214,9 +214,10 @@ def run_all(
 def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Advance `jobs` generators in turn, each on a stream of its own, and yield what they return.
 
-    Takes them out of `waiting`; what is left there was not begun.
+    Takes them out of `waiting`; what is left there was not finished in time. One that fails does not stop the others:
+    the first error is raised when they are done.
     """
-    gpu, late = device.type == "cuda", ""
+    gpu, late, failed = device.type == "cuda", "", list[Exception]()
     slots: dict[int, Stages] = {}
     streams = [torch.cuda.Stream(device) if gpu and jobs > 1 else None for _ in range(jobs)]
     while waiting or slots:
@@ -234,9 +235,14 @@ def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterato
             except OutOfTime as error:
                 waiting.append(slots.pop(slot))
                 late = str(error)
+            except Exception as error:
+                del slots[slot]
+                failed.append(error)
         if late and not slots:
             print(f"time is up: {late}; run the same command again to go on")
-            return
+            break
+    if failed:
+        raise failed[0]
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
