@@ -122,6 +122,9 @@ class Pruner:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the optimiser's momentum buffers of the pruned weights views of one flat tensor, values kept."""
+        if "momentum" not in optimizer.defaults:
+            kind = type(optimizer).__name__
+            raise ValueError(f"{kind} has no momentum to clear: use torch.optim.SGD, or after() without the optimizer")
         for weight, view in zip(self._parameters, self._views(self._momentum), strict=True):
             state = optimizer.state[weight]
             if (buffer := state.get("momentum_buffer")) is None or buffer.data_ptr() != view.data_ptr():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +295,18 @@ def test_momentum_of_ones_own_optimizer_is_cleared() -> None:
         optimizer.zero_grad()  # to None: the pruner's gradient must be found again
 
 
+def test_an_optimizer_without_momentum_is_refused_and_left_alone() -> None:
+    network = chain()
+    pruner, optimizer = prune(network), torch.optim.Adam(network.parameters())
+    with pytest.raises(ValueError, match=r"Adam has no momentum to clear: use torch\.optim\.SGD, or after"):
+        pruner.after(optimizer)
+    assert not optimizer.state
+    pruner.before()
+    F.cross_entropy(network(batch(0)[0]), batch(0)[1]).backward()
+    pruner.after()
+    optimizer.step()
+
+
 def test_a_saved_state_of_a_finished_pruner_is_finished() -> None:
     pruner = prune(chain(), method="ssl", rounds=1)
     pruner.update()
@@ -338,12 +352,16 @@ def one_process(rank: int, world: int, path: str, port_file: str) -> None:
     weights = torch.cat([p.detach().flatten() for p in network.parameters()])
     torch.save({"weights": weights, "masks": torch.stack(masks), "p": pruner.probability}, f"{path}/{world}-{rank}.pt")
     if world > 1:
-        dist.destroy_process_group()
+        dist.barrier()
+        os._exit(0)  # torch's teardown of gloo under DDP can wait for ever: its thread wants the interpreter's lock
 
 
 def test_two_processes_hold_the_same_masks_and_equal_one(tmp_path: Path) -> None:
     one_process(0, 1, str(tmp_path), "")
-    mp.spawn(one_process, args=(2, str(tmp_path), str(tmp_path / "rendezvous")), nprocs=2)
+    arguments, end = (2, str(tmp_path), str(tmp_path / "rendezvous")), time.monotonic() + 240
+    processes = mp.spawn(one_process, args=arguments, nprocs=2, join=False, daemon=True)
+    while not processes.join(timeout=5):
+        assert time.monotonic() < end, "two processes did not end in time"
     single, first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1"))
     assert torch.equal(first["masks"], second["masks"])
     assert torch.equal(first["weights"], second["weights"])
