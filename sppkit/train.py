@@ -50,7 +50,7 @@ def training(
     checkpoint: file to resume from if it exists; written at the deadline and every ten minutes, removed at the end.
     deadline: `time.monotonic()` value after which the run saves its checkpoint and raises `OutOfTime`.
     capture: on a GPU, replay the step as a CUDA graph; False runs it eagerly.
-    fuse: compile the network with torch.compile: faster on a GPU, after half a minute.
+    fuse: compile the network with torch.compile: faster on a GPU, once it is compiled.
 
     A row an epoch: step (steps done), lr, loss, accuracy (%, on the training batches as they came), seconds.
     FloatingPointError if loss or weights stop being finite; ValueError if they never were, or for another run's file.

@@ -191,12 +191,10 @@ def run_all(
     """Run experiments and yield each record as it is made; ends early at the time limit, to be called again.
 
     jobs: how many share the GPU, each on a stream of its own, a training step of each in turn; all of one precision.
-    Small networks only wait for kernel launches, so eight together take a good third of the time of eight in a row.
+    Small networks only wait for kernel launches, so several together take less time than one after the other.
     """
-    planned, limits = (
-        list(experiments),
-        Limits(None if minutes is None else time.monotonic() + 60 * minutes, fuse, jobs),
-    )
+    planned, deadline = list(experiments), None if minutes is None else time.monotonic() + 60 * minutes
+    limits = Limits(deadline, fuse, jobs)
     bases = {base.run_id: base for base in (experiment.baseline() for experiment in planned)}
     if jobs > 1 and len({experiment.precision for experiment in planned}) > 1:
         raise ValueError(f"jobs={jobs} needs one precision for all experiments; run them apart, or with jobs=1")
