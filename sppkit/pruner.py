@@ -1,7 +1,8 @@
 """Pruning inside a training loop: masks for the weight groups of many layers at once.
 
-The weights of all pruned layers are views of one flat tensor, so a training step needs one draw and one mask, whatever
-the depth, and no host synchronisation: it can be captured in a CUDA graph. With a loop of one's own:
+The weights of all pruned layers are views of one flat tensor, so a training step needs one mask, whatever the depth,
+and no host synchronisation: it can be captured in a CUDA graph. Forward and backward pass see a masked copy, the
+optimiser the weights. The masks of all steps up to the next update are drawn together. With a loop of one's own:
 
     pruner = attach(network, example, flop_ratio=2)       # after network.to(device), before the optimiser's first step
     for x, y in loader:
@@ -99,8 +100,11 @@ class Pruner:
         self.finished, self._steps = False, 0
         self.generator = torch.Generator(first.device).manual_seed(self.seed)
         self._strength = self._p.new_full((1,), methods.SSL_STRENGTH)  # 0 once the pruner is finished
-        self._draws, self._keep = first.new_zeros(2, G + 2)
-        self._weight, self._kept, self._gradient, self._momentum, self._mask = first.new_zeros(5, elements).detach()
+        self._draws = torch.ones(min(self.interval, 256), G + 2, dtype=torch.bool, device=first.device)  # a row a step
+        self._keep, self._row, self._before = self._draws[0].clone(), len(self._draws), self.generator.get_state()
+        self._weight, self._masked, self._gradient, self._momentum = first.new_zeros(4, elements).detach()
+        self._mask = torch.ones(elements, dtype=torch.bool, device=first.device)
+        self._views_of_weight, self._views_of_masked = self._views(self._weight), self._views(self._masked)
         self._columns, self._rows = torch.empty(2, elements, dtype=torch.int32, device=first.device)
         parts = (self._views(flat) for flat in (self._weight, self._gradient, self._columns, self._rows))
         for (name, module), view, gradient, columns, rows in zip(self.groups.modules.items(), *parts, strict=True):
@@ -149,25 +153,43 @@ class Pruner:
         self.unmask()
 
     def mask(self) -> None:
-        """Draw a mask for every group and mask the weights in place. SPP eq. (2)."""
-        torch.ge(self._draws.uniform_(generator=self.generator), self._p, out=self._keep)
+        """Draw a mask for every group and show forward and backward pass the masked weights. SPP eq. (2)."""
+        self.draw()
+        self.apply()
+
+    def draw(self) -> None:
+        """Take the next step's masks: the part of `mask` that is not captured in a graph."""
+        if self._row == len(self._draws):  # used up, or the probabilities have moved
+            self._before, self._row = self.generator.get_state(), 0
+            draws = torch.rand(self._draws.shape, generator=self.generator, device=self._p.device)
+            torch.ge(draws, self._p, out=self._draws)
+        self._keep.copy_(self._draws[self._row])
+        self._row += 1
+
+    def apply(self) -> None:
+        """The part of `mask` that is captured."""
         torch.index_select(self._keep, 0, self._columns, out=self._mask)
         if self.groups.kind == "filter":
-            self._mask.mul_(self._keep.index_select(0, self._rows))
-        self._kept.copy_(self._weight)
-        self._weight.mul_(self._mask)
+            self._mask.logical_and_(self._keep.index_select(0, self._rows))
+        torch.mul(self._weight, self._mask, out=self._masked)
+        self._show(self._views_of_masked)
 
     def restore(self) -> None:
-        """Give masked weights their values back, before the backward pass for `gradient="unmasked"`."""
-        self._weight.copy_(self._kept)
+        """Show the weights themselves again, before the backward pass for `gradient="unmasked"`."""
+        self._show(self._views_of_weight)
+
+    def _show(self, views: list[Tensor]) -> None:
+        for weight, view in zip(self._parameters, views, strict=True):
+            weight.data = view  # a captured step remembers which tensor each of its kernels read
 
     def unmask(self) -> None:
-        """Give masked weights their values back; clear their gradients and their momentum."""
-        if self.method == "ssl":  # its penalty: strength · w / |w_group|
-            norm = self._p.new_zeros(self._p.shape).index_add_(0, self._own, self._kept.square()).sqrt_()
-            self._gradient.addcmul_(self._kept / norm.clamp_min_(1e-12)[self._own], self._strength)
+        """Show the weights themselves; clear the gradients and the momentum of masked ones."""
         self.restore()
-        torch._foreach_mul_([self._gradient, self._momentum], [self._mask, self._mask])
+        if self.method == "ssl":  # its penalty: strength · w / |w_group|
+            norm = self._p.new_zeros(self._p.shape).index_add_(0, self._own, self._weight.square()).sqrt_()
+            self._gradient.addcmul_(self._weight / norm.clamp_min_(1e-12)[self._own], self._strength)
+        self._gradient.mul_(self._mask)
+        self._momentum.mul_(self._mask)
 
     def importance(self) -> Tensor:
         """L1 norm of each group's own weights as they are now, unmasked, (G,); or what `score` gives."""
@@ -186,6 +208,7 @@ class Pruner:
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(importance, 0)  # one ranking for all, whatever rounding does elsewhere
         self.trace.append(methods.METHODS[self.method](self, importance).to("cpu", copy=True))
+        self._row = len(self._draws)
 
     def remove(self, gone: np.ndarray, *, last: bool) -> None:
         """Take groups (G,) out for good; with `last`, the rest stay and the pruner is finished."""
@@ -258,9 +281,10 @@ class Pruner:
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on: probabilities and their history (a row an update), counts, the generator."""
         trace = torch.stack(self.trace) if self.trace else torch.zeros(0, self.groups.count)
-        counts = torch.tensor([int(self.finished), self._steps])
+        counts = torch.tensor([int(self.finished), self._steps, self._row])
         own = {"probability": self.probability, "gone": self.gone, "trace": trace, "counts": counts}
-        return own | {"generator": self.generator.get_state()}
+        fresh = self._row == len(self._draws)
+        return own | {"generator": self.generator.get_state() if fresh else self._before}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up a `state()` of a pruner of the same network and plan; ValueError for one of another network."""
@@ -272,4 +296,7 @@ class Pruner:
         self.finished, self._steps = bool(state["counts"][0]), int(state["counts"][1])
         self._strength.mul_(not self.finished)
         self.generator.set_state(state["generator"].cpu())
-        self.trace = list(state["trace"].cpu())
+        self.trace, self._row = list(state["trace"].cpu()), len(self._draws)
+        if (row := int(state["counts"][2])) < self._row:  # in the middle of an interval: draw its masks again
+            self.draw()
+            self._row = row

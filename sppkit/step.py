@@ -98,6 +98,8 @@ class TrainingStep:
             self.batches.start_epoch(epoch)
             self.epoch = epoch
         self.batches.select(position)
+        if self.pruner is not None:
+            self.pruner.draw()
         if (rate := self.settings.learning_rate(step)) != self.rate:
             self.set_rate(rate)
         if self.capture and self.graph is None:
@@ -107,7 +109,7 @@ class TrainingStep:
     def _body(self) -> None:
         x, y = self.batches.batch()  # (B, 3, H, W), (B,)
         if self.pruner is not None:
-            self.pruner.mask()
+            self.pruner.apply()
         with autocast(self.device, self.settings):
             logits = self.forward(x)  # (B, classes)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.settings.label_smoothing)
@@ -131,8 +133,7 @@ class TrainingStep:
         """Capture the step: warm up on a side stream, undo what that did, then record one step."""
         mutable = [*self._tensors().values()]  # all detached
         kept = [tensor.clone() for tensor in mutable]
-        masks = [] if self.pruner is None else [self.pruner.generator]
-        states = [(generator, generator.get_state()) for generator in (*masks, self.generator)]
+        random = self.generator.get_state()
         # A stream of this run's own: graphs captured on one stream share scratch memory, and hang when run together.
         stream = torch.cuda.current_stream()
         stream = torch.cuda.Stream() if stream == torch.cuda.default_stream() else stream
@@ -143,11 +144,8 @@ class TrainingStep:
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(mutable, kept, strict=True):
             tensor.copy_(value)
-        for generator, value in states:
-            generator.set_state(value)
+        self.generator.set_state(random)
         self.graph = torch.cuda.CUDAGraph()
-        for generator in masks:
-            self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph, stream=stream):
             self._body()
 

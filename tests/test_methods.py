@@ -281,10 +281,10 @@ def test_views_show_the_network_and_give_it_back() -> None:
 def test_momentum_of_ones_own_optimizer_is_cleared() -> None:
     network = chain()
     pruner = prune(network, interval=1000)
+    pruner.probability.fill_(0.5)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for step in range(3):
         pruner.before()
-        pruner.probability.fill_(0.5)
         F.cross_entropy(network(batch(step)[0]), batch(step)[1]).backward()
         pruner.after(optimizer)
         optimizer.step()

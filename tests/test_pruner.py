@@ -166,8 +166,8 @@ def set_up(seed: int = 0, **options: Any) -> tuple[Small, Pruner, torch.optim.SG
 
 
 def test_a_masked_group_gets_no_gradient_and_keeps_its_value_but_decays() -> None:
-    network, pruner, optimizer = set_up()
-    for number in range(3):  # momentum is there
+    network, pruner, optimizer = set_up(interval=3)
+    for number in range(3):  # momentum is there, and the masks of an interval are used up
         step(network, pruner, optimizer, number)
     weight = network.one.weight.detach().clone()
     momentum = optimizer.state[network.one.weight]["momentum_buffer"]
@@ -287,7 +287,8 @@ def test_masks_depend_on_the_seed_and_not_on_global_state() -> None:
         _, pruner, _ = set_up(seed=seed)
         pruner.probability.fill_(0.5)
         pruner.mask()
-        masks.append(pruner._weight.ne(0))
+        pruner.unmask()
+        masks.append(pruner._mask.clone())
     torch.set_rng_state(state)
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])

@@ -297,7 +297,7 @@ def test_the_pruner_is_updated_every_interval_until_it_is_finished(
     pruner = prune(network, {"0": 5}, interval=3)
     calls: list[int] = []
     masks: list[float] = []
-    update, before = Pruner.update, Pruner.mask
+    update, before = Pruner.update, Pruner.apply
 
     def counted_update(self: Pruner) -> None:
         calls.append(len(masks))
@@ -308,10 +308,10 @@ def test_the_pruner_is_updated_every_interval_until_it_is_finished(
 
     def counted_before(self: Pruner) -> None:
         before(self)
-        masks.append(float(self._mask.mean()))
+        masks.append(float(self._mask.float().mean()))
 
     monkeypatch.setattr(Pruner, "update", counted_update)
-    monkeypatch.setattr(Pruner, "mask", counted_before)
+    monkeypatch.setattr(Pruner, "apply", counted_before)
     fit(network, images, SETTINGS, pruner=pruner)
     assert calls == [0, 3, 6]
     assert len(masks) == SETTINGS.steps  # masks go on to the end

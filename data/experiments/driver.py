@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -22,17 +22,19 @@ from typing import Any
 import torch
 from settings import Experiment, Places, expand
 from torch import nn
+from variants import VariedPruner, chosen
 
 from sppkit import cost, cp, networks, state
 from sppkit.batches import Normalise, evaluation
 from sppkit.compact import compact
 from sppkit.data import ImageData, Split, device_name, load, resolve_device
 from sppkit.methods import taylor_scores
-from sppkit.plan import make_plan
+from sppkit.plan import make_plan, pca_sensitivity
 from sppkit.pruner import Pruner
 from sppkit.step import precision_flags
 from sppkit.train import OutOfTime, evaluate, exhaust, renew_statistics, training
 
+AHEAD = 8  # steps
 Stages = Generator[None, None, dict[str, Any]]
 # A method's network, its masks, and notes for the record
 Pruned = Generator[None, None, tuple[nn.Module, Pruner | None, dict[str, Any]]]
@@ -71,11 +73,13 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     example = Normalise.of(data.train, experiment.normalise)(data.test.images[:64])  # (64, 3, H, W)
     dense, settings, work = cost.summary(network, example), experiment.phase("retrain"), places.work / experiment.run_id
     method = _cp if experiment.method == "cp" else _train_masks
-    pruned, pruner, notes = yield from method(network, data, experiment, work, limits)
+    pruned, pruner, notes = yield from method(network, data, experiment, places, limits)
     history = yield from training(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
     small = compact(pruned, example)
     left = cost.summary(small, example)
-    if pruner is not None and experiment.seed == 0:  # one seed's trajectory is enough for the notebooks' pictures
+    if (
+        pruner is not None and experiment.seed == experiment.holdout == 0
+    ):  # one seed's trajectory is enough for the notebooks' pictures
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
         trace = (torch.stack(pruner.trace) * 255).round().to(torch.uint8)  # (updates, groups) in 255ths
         about = {"kind": "trace", "layers": layers, "interval": pruner.interval}
@@ -132,20 +136,28 @@ def _baseline(
 
 
 def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner:
-    """The pruner of an experiment's settings."""
-    example = Normalise.of(data.train, plan.normalise)(data.test.images[:1])
-    amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=plan.rule)
+    """The pruner of an experiment's settings; TP scores on the first ten batches' worth of training images."""
+    normalise = Normalise.of(data.train, plan.normalise)
+    example = normalise(data.test.images[:1])
+    rule = pca_sensitivity(network, normalise(data.train.images[:1000])) if plan.rule == "pca" else plan.rule
+    amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=rule)
     names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale", "seed")
-    pruner = Pruner(network, amounts, **{name: getattr(plan, name) for name in names})
-    if plan.method == "taylor":  # on the first ten batches' worth of training images, in order
-        batches = list(islice(evaluation(data.train, Normalise.of(data.train, plan.normalise), plan.batch_size), 10))
+    options: dict[str, Any] = {name: getattr(plan, name) for name in names}
+    varied = {"masked": plan.masked, "ranking": plan.ranking, "weight_decay": plan.weight_decay}
+    plain = (plan.masked, plan.ranking, plan.columns_of) == ("decays", "norm", "")
+    pruner = Pruner(network, amounts, **options) if plain else VariedPruner(network, amounts, **options, **varied)
+    if plan.method == "taylor":
+        batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))
         pruner.score = lambda: taylor_scores(network, pruner.groups, batches)
     return pruner
 
 
-def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, work: Path, limits: Limits) -> Pruned:
+def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: Places, limits: Limits) -> Pruned:
     """Masks while the network trains, until the plan is reached; retrained with the masks that are left."""
-    pruner, done, settings = make_pruner(network, data, plan), work / "pruned.safetensors", plan.phase("prune")
+    pruner, work, settings = make_pruner(network, data, plan), places.work / plan.run_id, plan.phase("prune")
+    done = work / "pruned.safetensors"
+    if isinstance(pruner, VariedPruner) and plan.columns_of:
+        pruner.choose((yield from stages(replace(plan, method=plan.columns_of, columns_of=""), data, places, limits)))
     if done.exists():  # the run was stopped while it retrained
         tensors, description = state.load(done, kind="pruned")
         pruner.load_state(tensors)
@@ -158,6 +170,7 @@ def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, work: Pa
     notes = {"steps": int(last["step"]), "seconds": last["seconds"], "acc_pruned": evaluate(network, data, settings)}
     notes |= {"updates": pruner.updates, "recovered": int(table["recovered"].sum()), "planned": pruner.plan.reached}
     notes["pruned"] = dict(zip(table["layer"], table["pruned"].tolist(), strict=True))
+    notes["gone"] = chosen(pruner)
     if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         renew_statistics(network, data, settings)
         notes["acc_renewed"] = evaluate(network, data, settings)
@@ -166,7 +179,7 @@ def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, work: Pa
     return network, pruner, notes
 
 
-def _cp(network: nn.Module, data: ImageData, plan: Experiment, work: Path, limits: Limits) -> Pruned:
+def _cp(network: nn.Module, data: ImageData, plan: Experiment, places: Places, limits: Limits) -> Pruned:
     """Channels by LASSO and least squares from training images; compact at once, retrained as a smaller network."""
     begin, seed = time.monotonic(), plan.seed
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
@@ -195,15 +208,17 @@ def run_all(
     """
     planned, deadline = list(experiments), None if minutes is None else time.monotonic() + 60 * minutes
     limits = Limits(deadline, fuse, jobs)
-    bases = {base.run_id: base for base in (experiment.baseline() for experiment in planned)}
-    if jobs > 1 and len({experiment.precision for experiment in planned}) > 1:
-        raise ValueError(f"jobs={jobs} needs one precision for all experiments; run them apart, or with jobs=1")
+    bases = {b.run_id: b for b in (e.baseline() for e in planned if e.method != "baseline")}
+    if jobs > 1 and len({experiment.precision == "float32" for experiment in planned}) > 1:
+        raise ValueError(f"jobs={jobs} cannot mix float32 with a lower precision; run them apart, or with jobs=1")
     images = cache(lambda dataset: load(dataset, root=places.data, device=device))
+    # what others need comes first: shared baselines, then runs whose columns are taken up
+    needed = [list(bases.values()), *([e for e in planned if bool(e.columns_of) == late] for late in (False, True))]
     with precision_flags(device, planned[0].phase("retrain")) if jobs > 1 else nullcontext():
-        for part in (list(bases.values()), planned) if jobs > 1 else (planned,):  # shared baselines first
+        for part in needed if jobs > 1 else (planned,):
             waiting = [stages(experiment, images(experiment.dataset), places, limits) for experiment in part]
             for record in _together(waiting, jobs, device):
-                if part is planned:
+                if part is not needed[0]:
                     yield record
             if waiting:  # out of time
                 return
@@ -217,16 +232,22 @@ def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterato
     """
     gpu, late, failed = device.type == "cuda", "", list[Exception]()
     slots: dict[int, Stages] = {}
+    # a run that is AHEAD steps ahead of its stream is passed over, so that a slow network does not hold up the others
+    marks = [[torch.cuda.Event() for _ in range(AHEAD)] if gpu and jobs > 1 else [] for _ in range(jobs)]
+    steps = [0] * jobs
     streams = [torch.cuda.Stream(device) if gpu and jobs > 1 else None for _ in range(jobs)]
     while waiting or slots:
         for slot in range(jobs):
             if slot not in slots and waiting and not late:
                 slots[slot] = waiting.pop(0)
-            if slot not in slots:
+            if slot not in slots or (marks[slot] and not marks[slot][steps[slot] % AHEAD].query()):
                 continue
             try:
                 with torch.cuda.stream(streams[slot]) if streams[slot] else nullcontext():
                     next(slots[slot])
+                    if marks[slot]:
+                        marks[slot][steps[slot] % AHEAD].record()
+                        steps[slot] += 1
             except StopIteration as end:
                 del slots[slot]
                 yield end.value

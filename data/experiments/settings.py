@@ -10,15 +10,16 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sppkit import methods
+from sppkit import methods, plan
 from sppkit.data import project_root
 from sppkit.step import Training
 
 METHODS = ("baseline", "cp", *methods.METHODS)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
-LATER += ["baseline_schedule", "retrain_schedule"]
+LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "columns_of"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
+RULES = (*plan.RULES, "pca")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Experiment:
     prune_steps: int = 32_400  # all of them: once the plan is reached, the masks stay as they are
     prune_lr: float = 1e-3
     kind: str = "column"  # of the groups, see `groups`; CP always prunes channels
-    rule: str = "uniform"  # of the plan, see `plan`
+    rule: str = "uniform"  # of the plan, see `plan`; "pca": by `pca_sensitivity` on 1,000 training images
     interval: int = 180  # t of SPP; the settings to `rescale` are those of `pruner.Pruner`
     rounds: int = 150
     A: float = 0.05
@@ -54,10 +55,14 @@ class Experiment:
     form: str = "adaptive"
     gradient: str = "exact"
     rescale: bool = False
+    masked: str = "decays"  # what happens to masked groups, see `variants`
+    ranking: str = "norm"  # of the groups, see `variants`
+    columns_of: str = ""  # a method: prune the groups that it chose with the same settings and seed, see `variants`
     retrain_steps: int = 25_000
     retrain_lr: float = 1e-3
     retrain_milestones: tuple[int, ...] = (15_000, 20_000)
     retrain_schedule: str = "step"
+    retrain_weight_decay: float = -1.0  # -1: weight_decay
     images: int = 5_000  # CP: training images sampled
     points: int = 10  # CP: positions an image
     holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
@@ -69,6 +74,8 @@ class Experiment:
             raise ValueError(f"flop_ratio={self.flop_ratio} must be above 1; 2 means half the multiply-accumulates")
         if self.method == "taylor" and self.kind != "filter":
             raise ValueError(f"method='taylor' scores filters; set kind='filter', not {self.kind!r}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r} must be one of {', '.join(RULES)}")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Experiment:
@@ -91,13 +98,16 @@ class Experiment:
 
     def phase(self, name: str) -> Training:
         """Solver settings of a phase: "baseline", "prune" or "retrain". Each shuffles with a seed of its own."""
+        shared: dict[str, Any] = {key: getattr(self, key) for key in SHARED}
+        if name == "retrain" and self.retrain_weight_decay >= 0:
+            shared["weight_decay"] = self.retrain_weight_decay
         return Training(
             steps=getattr(self, f"{name}_steps"),
             lr=getattr(self, f"{name}_lr"),
             milestones=getattr(self, f"{name}_milestones", ()),
             schedule=getattr(self, f"{name}_schedule", "step"),
             seed=3 * self.seed + ("baseline", "prune", "retrain").index(name),
-            **{key: getattr(self, key) for key in SHARED},
+            **shared,
         )
 
     def _set(self, field: Field[Any]) -> bool:
