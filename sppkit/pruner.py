@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sppkit import methods, spp
+from sppkit import kernels, methods, spp
 from sppkit.plan import Plan, make_plan
 
 VIEWS = ("sampled", "expected", "threshold", "unmasked")
@@ -168,10 +168,10 @@ class Pruner:
 
     def apply(self) -> None:
         """The part of `mask` that is captured."""
-        torch.index_select(self._keep, 0, self._columns, out=self._mask)
+        kernels.hide(self._weight, self._keep, self._columns, self._mask, self._masked)
         if self.groups.kind == "filter":
             self._mask.logical_and_(self._keep.index_select(0, self._rows))
-        torch.mul(self._weight, self._mask, out=self._masked)
+            torch.mul(self._weight, self._mask, out=self._masked)
         self._show(self._views_of_masked)
 
     def restore(self) -> None:
@@ -188,8 +188,7 @@ class Pruner:
         if self.method == "ssl":  # its penalty: strength · w / |w_group|
             norm = self._p.new_zeros(self._p.shape).index_add_(0, self._own, self._weight.square()).sqrt_()
             self._gradient.addcmul_(self._weight / norm.clamp_min_(1e-12)[self._own], self._strength)
-        self._gradient.mul_(self._mask)
-        self._momentum.mul_(self._mask)
+        kernels.clear(self._gradient, self._momentum, self._mask)
 
     def importance(self) -> Tensor:
         """L1 norm of each group's own weights as they are now, unmasked, (G,); or what `score` gives."""

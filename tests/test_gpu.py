@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sppkit import data, networks, train
+from sppkit import data, kernels, networks, train
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep
@@ -79,7 +79,7 @@ def test_a_replay_sees_a_new_learning_rate(digits):
 
 def test_a_replay_draws_new_masks_and_sees_new_probabilities(digits):
     network = make()
-    pruner = prune(network)
+    pruner = prune(network, interval=1)  # masks are drawn for one step at a time
     run = TrainingStep(network, digits, SETTINGS, pruner=pruner)
     pruner.probability.fill_(0.5)
     run.step(0)
@@ -88,10 +88,29 @@ def test_a_replay_draws_new_masks_and_sees_new_probabilities(digits):
         run.step(position)
         masks.append(pruner._mask.clone())
     assert not torch.equal(*masks)
-    assert 0.4 < float(masks[0].mean()) < 0.6
+    assert 0.4 < float(masks[0].float().mean()) < 0.6
     pruner.probability.fill_(1.0)
     run.step(3)
     assert float(pruner._mask.sum()) == 0
+
+
+@pytest.mark.parametrize("count", [1, 2047, 100_003])
+def test_the_kernels_do_what_the_operators_do(count, monkeypatch):
+    results = []
+    for gpu in (True, False):
+        generator = torch.Generator("cuda").manual_seed(0)
+        weight, first, second = torch.randn(3, count, generator=generator, device="cuda")
+        keep = torch.rand(50, generator=generator, device="cuda") < 0.5
+        groups = torch.randint(50, (count,), generator=generator, device="cuda", dtype=torch.int32)
+        mask, masked = torch.zeros(count, dtype=torch.bool, device="cuda"), torch.full_like(weight, 7)
+        if not gpu:
+            monkeypatch.setattr(kernels, "triton", None)
+        assert gpu == (kernels.triton is not None)
+        kernels.hide(weight, keep, groups, mask, masked)
+        kernels.clear(first, second, mask)
+        results.append((mask, masked, first, second))
+    assert torch.equal(mask, keep[groups])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -143,7 +143,7 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=rule)
     names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale", "seed")
     options: dict[str, Any] = {name: getattr(plan, name) for name in names}
-    varied = {"masked": plan.masked, "ranking": plan.ranking, "weight_decay": plan.weight_decay}
+    varied: dict[str, Any] = {"masked": plan.masked, "ranking": plan.ranking, "weight_decay": plan.weight_decay}
     plain = (plan.masked, plan.ranking, plan.columns_of) == ("decays", "norm", "")
     pruner = Pruner(network, amounts, **options) if plain else VariedPruner(network, amounts, **options, **varied)
     if plan.method == "taylor":
