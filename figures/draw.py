@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
-from records import caption, mean_and_spread, read, summary_table
+from records import caption, mean_and_spread, read, retraining_decay, summary_table
 
 from sppkit import state
 
@@ -46,16 +46,42 @@ def accuracy_over_flop_ratio(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-# file in figures/ -> (name of the records, function that draws them)
-FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure]]] = {
-    "s1-convnet.png": ("s1-convnet", accuracy_over_flop_ratio)
+def lost_by_method(*lists: pd.DataFrame) -> Figure:
+    """Points lost at a FLOP ratio of 4 by method, a dot a seed and a bar the mean, one colour a list of records."""
+    sns.set_theme(style="whitegrid", context="notebook")
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    fours = [runs[(runs["flop_ratio_target"] == 4) & ~runs["title"].str.contains("columns of")] for runs in lists]
+    places = {title: place for place, title in enumerate(fours[-1].groupby("title")["lost"].mean().sort_values().index)}
+    for number, (runs, colour) in enumerate(zip(fours, sns.color_palette("colorblind"), strict=False)):
+        runs, shift = runs[runs["title"].isin(places)], 0.15 * (2 * number - len(lists) + 1)
+        decays = sorted({retraining_decay(settings) for settings in runs["settings"]})
+        heights = runs["title"].map(places) + shift
+        label = f"retrained with weight decay {', '.join(map(str, decays))}"
+        axes.plot(runs["lost"], heights, "o", color=colour, alpha=0.6, ms=5, label=label)
+        means = runs.groupby("title")["lost"].mean()
+        axes.plot(means, means.index.map(places) + shift, "|", color=colour, ms=16, mew=2.5)
+    axes.axvline(0, color="0.35", lw=1.2)
+    counts = fours[-1].groupby("title").size()
+    axes.set_yticks([*places.values()], [f"{title} (n={counts[title]})" for title in places])
+    axes.invert_yaxis()
+    axes.set(xlabel="points of test accuracy lost against the seed's own baseline")
+    axes.set_title(f"{lists[0]['network'].iloc[0]} on {lists[0]['dataset'].iloc[0]}, a quarter of the MACs left")
+    axes.legend(loc="upper right", fontsize=9)
+    figure.supxlabel(caption(pd.concat(fours)), fontsize=7, color="0.4")
+    return figure
+
+
+# file in figures/ -> (names of the records, function that draws them)
+FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
+    "s1-convnet.png": (("s1-convnet",), accuracy_over_flop_ratio),
+    "s1-retraining.png": (("s1-convnet", "s1-light-decay"), lost_by_method),
 }
 
 
-def source_hash(name: str, root: Path) -> str:
+def source_hash(names: Sequence[str], root: Path) -> str:
     """Hash of what a figure depends on: its records and this module."""
-    path = root / "data" / "runs" / f"{name}.jsonl"
-    return hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+    paths = [*(root / "data" / "runs" / f"{name}.jsonl" for name in names), Path(__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def drawn_from(path: Path) -> str | None:
@@ -69,13 +95,13 @@ def drawn_from(path: Path) -> str | None:
 def draw_all(root: Path) -> list[tuple[str, str]]:
     """Draw the figures whose records or code changed; returns (file, "drawn", "unchanged" or "no records")."""
     folder, done = root / "figures", []
-    for file, (name, function) in FIGURES.items():
-        if not (root / "data" / "runs" / f"{name}.jsonl").exists():
+    for file, (names, function) in FIGURES.items():
+        if not all((root / "data" / "runs" / f"{name}.jsonl").exists() for name in names):
             done.append((file, "no records"))
-        elif drawn_from(folder / file) == (wanted := source_hash(name, root)):
+        elif drawn_from(folder / file) == (wanted := source_hash(names, root)):
             done.append((file, "unchanged"))
         else:
-            figure, buffer = function(read(name, root)), io.BytesIO()
+            figure, buffer = function(*(read(name, root) for name in names)), io.BytesIO()
             figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None, "sppkit-source": wanted})
             plt.close(figure)
             state.write_bytes(folder / file, buffer.getvalue())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from sppkit.data import project_root
 
 TITLES = {
+    "baseline": "dense",
     "spp": "SPP",
     "deterministic": "SPP, deterministic",
     "oneshot": "L1, one shot",
@@ -27,9 +29,31 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
     if not path.exists():
         raise ValueError(f"no records of {name!r} in {path.parent}; `python -m sppkit run` makes them")
     runs = pd.DataFrame(map(json.loads, path.read_text().splitlines()))
-    kinds = ["channel" if m == "cp" else s["kind"] for m, s in zip(runs["method"], runs["settings"], strict=True)]
-    titles = [f"{TITLES[method]}, {kind}s" for method, kind in zip(runs["method"], kinds, strict=True)]
+    pairs = [*zip(runs["method"], runs["settings"], strict=True)]
+    titles = [f"{TITLES[m]}, {'channel' if m == 'cp' else s['kind']}s{departures(s)}" for m, s in pairs]
     return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
+
+
+def retraining_decay(settings: dict[str, Any]) -> float:
+    """The weight decay of a run's retraining: its own, or that of its training.
+
+    >>> retraining_decay({"weight_decay": 0.004}), retraining_decay({"weight_decay": 0.004, "retrain_weight_decay": 0})
+    (0.004, 0)
+    """
+    own = settings.get("retrain_weight_decay", -1)
+    return own if own >= 0 else settings["weight_decay"]
+
+
+def departures(settings: dict[str, Any]) -> str:
+    """What makes a controlled run another method than the one it is named after; "" for the method itself.
+
+    >>> departures({"masked": "still", "columns_of": "spp"})
+    ', masked groups still, columns of SPP'
+    """
+    texts = {"masked": "masked groups {}", "ranking": "ranked by {}", "columns_of": "columns of {}"}
+    plain = {"masked": "decays", "ranking": "norm", "columns_of": ""}
+    found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
+    return "".join(f", {texts[key].format(TITLES.get(value, value))}" for key, value in found.items())
 
 
 def mean_and_spread(values: pd.Series) -> str:

@@ -6,8 +6,6 @@ Which channels meet which convolutions is read off the network's graph (torch.fx
 anything else that mixes channels keep theirs.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from dataclasses import dataclass, field

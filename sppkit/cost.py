@@ -3,8 +3,6 @@
 "FLOP ratio" is theoretical: convolution MACs, dense over compact; "speedup" is a ratio of measured times.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pandas as pd
@@ -56,7 +54,6 @@ def summary(network: nn.Module, example: Tensor) -> dict[str, int]:
     }
 
 
-def flop_ratio(dense: nn.Module, compact: nn.Module, example: Tensor, *, whole: bool = False) -> float:
-    """Convolution MACs of `dense` over those of `compact`; with `whole`, the linear layers count too."""
-    key = "macs" if whole else "conv_macs"
-    return summary(dense, example)[key] / summary(compact, example)[key]
+def flop_ratio(dense: nn.Module, compact: nn.Module, example: Tensor) -> float:
+    """Convolution MACs of `dense` over those of `compact`."""
+    return summary(dense, example)["conv_macs"] / summary(compact, example)["conv_macs"]

@@ -10,8 +10,6 @@ A weight (O, C, kh, kw) is seen as O rows and C·kh·kw columns; it is masked wi
 flat axis of G groups serves all layers, in the order in which these run.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import cast
 
@@ -67,8 +65,7 @@ class Groups:
         ends = accumulate(self.sizes.values())
         self.slices = {name: slice(end - n, end) for (name, n), end in zip(self.sizes.items(), ends, strict=True)}
         readers = [reader for name in self.layers for reader in self.flows[name].consumers if kind == "filter"]
-        names = dict.fromkeys([*self.layers, *readers])
-        self.modules = {name: cast(Layer, network.get_submodule(name)) for name in names}
+        self.modules = {n: cast(Layer, network.get_submodule(n)) for n in dict.fromkeys([*self.layers, *readers])}
         self.rows = {name: self._rows(name) for name in self.modules}  # (O,) group of each row
         self.columns = {name: self._columns(name) for name in self.modules}  # (C, taps) group of each column
 
@@ -131,10 +128,3 @@ class Groups:
     def flop_ratio(self, gone: np.ndarray, *, by_products: bool = True) -> float:
         """Convolution MACs, dense over compact, without the groups `gone` (G,)."""
         return sum(self.macs.values()) / sum(self.conv_macs(gone, by_products=by_products).values())
-
-    def importance(self, name: str, weight: Tensor) -> Tensor:
-        """L1 norm of each group's own weights in layer `name`, (groups,): rows for filters, else columns."""
-        ids = self.rows[name] if self.kind == "filter" else self.columns[name]
-        spread = self.spread(ids, weight, rows=self.kind == "filter").expand_as(weight) - self.slices[name].start
-        own = weight.new_zeros(self.sizes[name])
-        return own.index_add(0, spread.reshape(-1), weight.detach().abs().reshape(-1))

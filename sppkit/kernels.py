@@ -1,6 +1,6 @@
 """Masking in one pass over memory each way: Triton kernels on a GPU, torch's operators elsewhere."""
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +9,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # a torch without it: on a CPU, on Windows
-    triton = None
-
-BLOCK = 2048  # elements a program
-
-if triton is not None:
+    triton = _hide = _clear = None
+else:
 
     @triton.jit
     def _hide(weight, keep, groups, mask, masked, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -33,18 +30,22 @@ if triton is not None:
 
 def hide(weight: Tensor, keep: Tensor, groups: Tensor, mask: Tensor, masked: Tensor) -> None:
     """mask = keep[groups] and masked = weight · mask; keep (G,) bool, groups int32 and the others of one length."""
-    if triton is not None and weight.is_cuda and weight.dtype == torch.float32:
-        grid = (triton.cdiv(len(weight), BLOCK),)
-        _hide[grid](weight, keep.view(torch.uint8), groups, mask.view(torch.uint8), masked, len(weight), BLOCK=BLOCK)
-    else:
-        torch.index_select(keep, 0, groups, out=mask)
-        torch.mul(weight, mask, out=masked)
+    if not _launched(_hide, weight, keep, groups, mask, masked):
+        torch.mul(weight, torch.index_select(keep, 0, groups, out=mask), out=masked)
 
 
 def clear(first: Tensor, second: Tensor, mask: Tensor) -> None:
     """Set both to 0 where the mask (bool) is False."""
-    if triton is not None and first.is_cuda and first.dtype == torch.float32:
-        _clear[(triton.cdiv(len(first), BLOCK),)](first, second, mask.view(torch.uint8), len(first), BLOCK=BLOCK)
-    else:
+    if not _launched(_clear, first, second, mask):
         first.mul_(mask)
         second.mul_(mask)
+
+
+def _launched(kernel: Any, *tensors: Tensor) -> bool:
+    first, count = tensors[0], len(tensors[0])
+    if kernel is None or not first.is_cuda or first.dtype != torch.float32:
+        return False
+    with torch.cuda.device(first.device):
+        arguments = [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors]
+        kernel[(triton.cdiv(count, 2048),)](*arguments, count, BLOCK=2048)  # elements a program
+    return True

@@ -9,8 +9,7 @@
     taylor         filters  TP: the smallest |gradient · feature map| of all layers, step by step   1611.06440
     ssl            columns  group lasso while training; at the last update the smallest norms go    1608.03665
 
-Each function moves `pruner.probability` and returns the probabilities to record. All end at the plan's FLOP ratio,
-group by group in the order of removal.
+Each moves `pruner.probability`, returns what to record, and ends at the plan's FLOP ratio, group by group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """How much of each layer goes: a table that can be read and plotted before anything is pruned."""
 
-from __future__ import annotations
-
 import copy
 from bisect import bisect_left
 from collections import Counter
@@ -47,9 +45,9 @@ class Plan:
         return _ratio(self.groups, self.targets)
 
     def __str__(self) -> str:
-        wanted = "" if self.flop_ratio is None else f", wanted {self.flop_ratio:g}"
-        deviation = "" if self.flop_ratio is None else f" ({self.reached / self.flop_ratio - 1:+.2%})"
-        head = f"{self.groups.kind}s: FLOP ratio {self.reached:.3f}{wanted}{deviation}"
+        wanted, reached = self.flop_ratio, self.reached
+        deviation = "" if wanted is None else f", wanted {wanted:g} ({reached / wanted - 1:+.2%})"
+        head = f"{self.groups.kind}s: FLOP ratio {reached:.3f}{deviation}"
         return f"{head}\n{self.table().round(3).to_string(index=False)}"
 
 
@@ -99,8 +97,7 @@ def make_plan(
         gone = Counter(name for _, name in order[:count])
         return {name: gone[name] for name in groups.layers}
 
-    if _ratio(groups, first(len(order))) < flop_ratio * (1 - 1e-12):
-        most = _ratio(groups, first(len(order)))
+    if (most := _ratio(groups, first(len(order)))) < flop_ratio * (1 - 1e-12):
         raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one group left in each layer gives {most:.2f}")
     # the ratio rises with every group: bisection, then the nearer neighbour
     enough = bisect_left(range(len(order)), flop_ratio, key=lambda count: _ratio(groups, first(count)))

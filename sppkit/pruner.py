@@ -30,7 +30,6 @@ from sppkit import kernels, methods, spp
 from sppkit.plan import Plan, make_plan
 
 VIEWS = ("sampled", "expected", "threshold", "unmasked")
-GRADIENTS = ("exact", "unmasked")
 
 
 def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str = "column", **options: Any) -> Pruner:
@@ -81,7 +80,7 @@ class Pruner:
         spp.check(A=self.A, u=self.u, form=self.form)
         if self.interval < 1 or self.rounds < 1:
             raise ValueError(f"interval={self.interval} and rounds={self.rounds} must be at least 1")
-        for name, known in (("method", methods.METHODS), ("gradient", GRADIENTS)):
+        for name, known in (("method", methods.METHODS), ("gradient", ("exact", "unmasked"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         self.groups, self.slices = self.plan.groups, self.plan.groups.slices  # slices: of the flat group axis
@@ -241,14 +240,14 @@ class Pruner:
         """
         if kind not in VIEWS:
             raise ValueError(f"view {kind!r} must be one of {', '.join(VIEWS)}")
-        kept, random = self._weight.clone(), self.generator.get_state()
-        stays = {"expected": 1 - self._p, "threshold": self._p < 0.5, "unmasked": self._p >= 0}.get(kind)
-        stays = spp.draw(self._p, self.generator) if stays is None else stays
+        random = self.generator.get_state()
+        drawn = spp.draw(self._p, self.generator)
+        stays = {"sampled": drawn, "expected": 1 - self._p, "threshold": self._p < 0.5, "unmasked": self._p >= 0}[kind]
         try:
-            self._weight.mul_(stays[self._columns] * stays[self._rows])
+            self._show(self._views(self._weight * stays[self._columns] * stays[self._rows]))
             yield
         finally:
-            self._weight.copy_(kept)
+            self.restore()
             self.generator.set_state(random)
 
     @property
@@ -281,9 +280,9 @@ class Pruner:
         """Everything needed to go on: probabilities and their history (a row an update), counts, the generator."""
         trace = torch.stack(self.trace) if self.trace else torch.zeros(0, self.groups.count)
         counts = torch.tensor([int(self.finished), self._steps, self._row])
-        own = {"probability": self.probability, "gone": self.gone, "trace": trace, "counts": counts}
-        fresh = self._row == len(self._draws)
-        return own | {"generator": self.generator.get_state() if fresh else self._before}
+        random = self._before if self._row < len(self._draws) else self.generator.get_state()
+        own = {"probability": self.probability, "gone": self.gone, "trace": trace}
+        return own | {"counts": counts, "generator": random}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up a `state()` of a pruner of the same network and plan; ValueError for one of another network."""

@@ -16,8 +16,6 @@ remains of the target. "literal", Algorithm 1 of the paper: ranks of all groups 
 throughout, which takes far more updates (notebook 02).
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
@@ -100,8 +98,7 @@ def update(
         raise ValueError(f"{bad} of {len(importance)} importances are NaN or infinite; check the weights")
     if not 0 <= target <= len(probability):
         raise ValueError(f"target={target} must lie in 0 to {len(probability)}, the number of groups")
-    goal = torch.tensor([target], device=probability.device)
-    return advance(probability[None], importance[None], goal, A=A, u=u, form=form)[0]
+    return advance(probability[None], importance[None], importance.new_tensor([target]), A=A, u=u, form=form)[0]
 
 
 def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:

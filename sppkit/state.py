@@ -18,8 +18,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], description: dict[str,
     """Write `tensors` and a JSON-able `description`, which must name its "kind"."""
     # Cloned, because safetensors refuses tensors that share memory, as tied weights and views do.
     own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
-    text = json.dumps({**description, "schema": SCHEMA})
-    write_bytes(path, safetensors.torch.save(own, metadata={"sppkit": text}))
+    write_bytes(path, safetensors.torch.save(own, metadata={"sppkit": json.dumps({**description, "schema": SCHEMA})}))
 
 
 def load(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

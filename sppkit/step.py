@@ -1,7 +1,7 @@
 """One training step on fixed tensors of the device, captured as a CUDA graph where there is a GPU.
 
 Small networks only wait for kernel launches, so the whole step is recorded once and replayed. What a replay must see
-anew lives in tensors: the batch's indices, the learning rate, the pruning probabilities, the generators' states.
+anew lives in tensors: the batch's indices, the learning rate, the groups' masks, the generator's state.
 """
 
 import json
@@ -33,7 +33,6 @@ class Training:
     schedule: str = "step"  # lr times gamma at each milestone; "cosine": to 0 over `steps`
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
-    label_smoothing: float = 0.0
     precision: str = "float32"  # on a GPU also "tf32" (convolutions) and "bf16" (autocast)
     normalise: str = "channel"  # or "mean_image", see `sppkit.batches.Normalise`
     crop_padding: int = 0  # pixels
@@ -112,7 +111,7 @@ class TrainingStep:
             self.pruner.apply()
         with autocast(self.device, self.settings):
             logits = self.forward(x)  # (B, classes)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.settings.label_smoothing)
+        loss = F.cross_entropy(logits.float(), y)
         if self.pruner is not None and self.pruner.gradient == "unmasked":
             self.pruner.restore()
         loss.backward()

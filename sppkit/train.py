@@ -4,8 +4,6 @@ Resumed from its checkpoint on a CPU, a run ends bit for bit like one that was n
 the same state; kernels there are not deterministic to the last bit.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -40,7 +38,6 @@ def training(
     stop: Callable[[], bool] | None = None,
     checkpoint: Path | None = None,
     deadline: float | None = None,
-    capture: bool = True,
     fuse: bool = False,
 ) -> Generator[None, None, pd.DataFrame]:
     """Train `network`, on the device of `data`, in place and return its history; yields after every step.
@@ -49,7 +46,6 @@ def training(
     stop: asked after every update of the pruner; True ends the run before its last step.
     checkpoint: file to resume from if it exists; written at the deadline and every ten minutes, removed at the end.
     deadline: `time.monotonic()` value after which the run saves its checkpoint and raises `OutOfTime`.
-    capture: on a GPU, replay the step as a CUDA graph; False runs it eagerly.
     fuse: compile the network with torch.compile: faster on a GPU, once it is compiled.
 
     A row an epoch: step (steps done), lr, loss, accuracy (%, on the training batches as they came), seconds.
@@ -57,11 +53,13 @@ def training(
     """
     if bad := [name for name, value in network.named_parameters() if not value.isfinite().all()]:
         raise ValueError(f"the weights of {bad[0]!r} are NaN or infinite before training; go back to a checkpoint")
-    run = TrainingStep(network, data, settings, pruner=pruner, capture=capture, fuse=fuse)
+    run = TrainingStep(network, data, settings, pruner=pruner, fuse=fuse)
     length, first, history = run.batches.steps_per_epoch, 0, list[dict[str, float]]()
     quiet = True if os.environ.get("CI") else None  # None: quiet unless a terminal is attached
-    devices = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), precision_flags(run.device, settings):
+    with (
+        torch.random.fork_rng(devices=[run.device] * (run.device.type == "cuda")),
+        precision_flags(run.device, settings),
+    ):
         run.generator.manual_seed(settings.seed)
         if checkpoint is not None and checkpoint.exists():
             first, history = run.resume(checkpoint)

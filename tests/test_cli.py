@@ -35,7 +35,7 @@ def test_check_finds_this_environment_good(capsys: pytest.CaptureFixture[str], t
 def test_check_fails_for_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sppkit.__main__.requires", lambda _: ["torch>=99", "no-such-package>=1", "numpy>=2"])
+    monkeypatch.setattr("check.requires", lambda _: ["torch>=99", "no-such-package>=1", "numpy>=2"])
     assert main(["check", "--root", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line[:4] for line in lines[1:4]] == ["FAIL", "FAIL", "OK  "]

@@ -18,7 +18,7 @@ def record(method: str, target: float, seed: int, final: float) -> dict:
     where = {"seed": seed, "baseline_id": f"b{seed}", "device": "GPU", "precision": "tf32", "torch": "2.11"}
     ratios = {"flop_ratio_target": target, "flop_ratio": target + 0.1, "flop_ratio_whole": target}
     results = {"acc_baseline": 80.0 + seed, "acc_pruned": 70.0, "acc_final": final}
-    return who | where | ratios | results | {"settings": {"kind": "column"}}
+    return who | where | ratios | results | {"settings": {"kind": "column", "weight_decay": 0.1}}
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def test_the_table_computes_every_difference(places: Path) -> None:
 
 
 def test_an_unchanged_record_leaves_its_figure_untouched(places: Path) -> None:
-    assert draw.draw_all(places) == [("s1-convnet.png", "drawn")]
+    assert draw.draw_all(places) == [("s1-convnet.png", "drawn"), ("s1-retraining.png", "no records")]
     path = places / "figures" / "s1-convnet.png"
     before = path.stat().st_mtime_ns, path.read_bytes()
-    assert draw.draw_all(places) == [("s1-convnet.png", "unchanged")]
+    assert draw.draw_all(places)[0] == ("s1-convnet.png", "unchanged")
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
     with (places / "data" / "runs" / "s1-convnet.jsonl").open("a") as file:
         file.write(json.dumps(record("cp", 2, 1, 79.0)) + "\n")
-    assert draw.draw_all(places) == [("s1-convnet.png", "drawn")]
+    assert draw.draw_all(places)[0] == ("s1-convnet.png", "drawn")
     assert path.read_bytes() != before[1]
 
 
@@ -58,16 +58,26 @@ def test_the_same_records_give_the_same_file(places: Path) -> None:
     assert contents[0] == contents[1]
 
 
+def test_the_retraining_figure_shows_each_method_of_both_lists(places: Path) -> None:
+    lists = [records.read("s1-convnet", places)] * 2
+    lists[0] = lists[0].assign(settings=[{"weight_decay": 0.5}] * len(lists[0]))
+    axes = draw.lost_by_method(*lists).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["SPP, columns (n=1)"]
+    assert [list(line.get_xdata()) for line in axes.lines[:4]] == [[3.0]] * 4
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == [f"retrained with weight decay {decay}" for decay in (0.5, 0.1)]
+
+
 def test_no_records_no_figure(tmp_path: Path) -> None:
-    assert draw.draw_all(tmp_path) == [("s1-convnet.png", "no records")]
+    assert draw.draw_all(tmp_path) == [("s1-convnet.png", "no records"), ("s1-retraining.png", "no records")]
     assert not (tmp_path / "figures").exists()
     with pytest.raises(ValueError, match="no records of 'nothing' in"):
         draw.table("nothing", tmp_path)
 
 
 def test_every_committed_figure_is_drawn_from_the_committed_records() -> None:
-    for file, (name, _) in draw.FIGURES.items():
-        assert draw.drawn_from(ROOT / "figures" / file) == draw.source_hash(name, ROOT), f"run `make figures`: {file}"
+    for file, (names, _) in draw.FIGURES.items():
+        assert draw.drawn_from(ROOT / "figures" / file) == draw.source_hash(names, ROOT), f"run `make figures`: {file}"
     assert {path.name for path in (ROOT / "figures").glob("*.png")} == set(draw.FIGURES)
 
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch"}  # PyPI's name -> conda-forge's, where they differ
 IMPORT_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+OPTIONAL = {"triton"}  # comes with torch where there is one
 CALENDAR_VERSIONS = {"packaging"}  # a new year is no new interface
 TARGETS = {
     "help": "make reproduce",
@@ -66,7 +67,7 @@ def test_every_import_is_declared() -> None:
     folders = {"sppkit": runtime} | {key: {*requirements()} for key in (*beside, "tests")}
     for folder, declared in folders.items():
         for path in (ROOT / folder).glob("*.py"):
-            missing = third_party(path) - own - declared
+            missing = third_party(path) - own - declared - OPTIONAL
             assert not missing, f"{folder}/{path.name} imports {missing}, which pyproject.toml does not list"
 
 

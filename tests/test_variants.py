@@ -1,0 +1,156 @@
+"""The controlled variants of SPP against what they say they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import driver
+import numpy as np
+import pytest
+import torch
+from settings import Experiment, Places
+from torch import Tensor, nn
+from torch.nn import functional as F
+from variants import VariedPruner, chosen, gone
+
+from sppkit import methods, networks
+from sppkit.data import load
+from sppkit.plan import make_plan
+
+LR, DECAY = 0.05, 0.02
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 2), nn.Flatten(), nn.Linear(36, 3))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 3, 6, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def set_up(**options: Any) -> tuple[nn.Sequential, VariedPruner, torch.optim.SGD]:
+    net = network()
+    plan = make_plan(net, torch.zeros(1, 3, 6, 6), ratio=0.5)
+    pruner = VariedPruner(net, plan, weight_decay=DECAY, **{"interval": 1000} | options)
+    pruner.probability.fill_(0.5)
+    return net, pruner, torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY)
+
+
+def step(net: nn.Module, pruner: VariedPruner, optimizer: torch.optim.SGD, number: int) -> None:
+    x, y = batch(number)
+    optimizer.zero_grad(set_to_none=False)
+    pruner.mask()
+    F.cross_entropy(net(x), y).backward()
+    pruner.after(optimizer)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("masked", ["decays", "still", "momentum", "trained"])
+def test_what_happens_to_a_masked_group(masked: str) -> None:
+    net, pruner, optimizer = set_up(masked=masked)
+    for number in range(3):
+        step(net, pruner, optimizer, number)
+    weight = pruner._weight.clone()
+    momentum, x, y = pruner._momentum.clone(), *batch(3)
+    optimizer.zero_grad(set_to_none=False)
+    pruner.mask()
+    shown = [net[i].weight.detach().clone().requires_grad_() for i in (0, 2)]
+    h = F.conv2d(F.relu(F.conv2d(x, shown[0], net[0].bias)), shown[1], net[2].bias)
+    gradients = torch.autograd.grad(F.cross_entropy(net[4](h.flatten(1)), y), shown)
+    F.cross_entropy(net(x), y).backward()
+    pruner.after(optimizer)
+    optimizer.step()
+    hidden = ~pruner._mask
+    assert 30 < int(hidden.sum()) < len(hidden) - 30
+    velocity = {
+        "decays": DECAY * weight,
+        "still": 0 * weight,
+        "momentum": 0.9 * momentum + DECAY * weight,
+        "trained": 0.9 * momentum + torch.cat([g.flatten() for g in gradients]) + DECAY * weight,
+    }[masked]
+    torch.testing.assert_close(pruner._weight[hidden], (weight - LR * velocity)[hidden], rtol=1e-5, atol=1e-8)
+
+
+def test_the_ranking_by_taylor_is_the_sum_over_the_steps_by_hand() -> None:
+    net, pruner, optimizer = set_up(ranking="taylor")
+    norms = net[0].weight.detach().abs().sum(0).flatten()
+    torch.testing.assert_close(pruner.importance()[:27], norms)
+    expected = torch.zeros(27)
+    for number in range(4):
+        x, y = batch(number)
+        optimizer.zero_grad(set_to_none=False)
+        pruner.mask()
+        F.cross_entropy(net(x), y).backward()
+        expected += (net[0].weight.grad * pruner._views_of_weight[0]).sum(0).abs().flatten().detach()
+        pruner.after(optimizer)
+        optimizer.step()
+    torch.testing.assert_close(pruner.importance()[:27], expected)
+    own = net[0].weight.detach().abs().sum(0).flatten()
+    torch.testing.assert_close(pruner.importance()[:27], own)  # the sums start anew
+
+
+def test_the_first_ranking_stays() -> None:
+    net, pruner, optimizer = set_up(ranking="first")
+    norms = net[0].weight.detach().abs().sum(0).flatten()
+    step(net, pruner, optimizer, 0)
+    torch.testing.assert_close(pruner.importance()[:27], norms)
+    assert float((net[0].weight.detach().abs().sum(0).flatten() - norms).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["spp", "gradual", "oneshot"])
+def test_chosen_groups_go_and_no_others(method: str) -> None:
+    _, pruner, _ = set_up(method=method, rounds=5)
+    pruner.probability.zero_()
+    generator, wanted = np.random.default_rng(0), np.zeros(pruner.groups.count, dtype=bool)
+    for name, part in pruner.slices.items():
+        wanted[part][generator.permutation(pruner.groups.sizes[name])[: pruner.plan.targets[name]]] = True
+    digits = np.packbits(wanted).tobytes().hex()
+    assert np.array_equal(gone(digits, len(wanted)), wanted)
+    pruner.choose({"notes": {"gone": digits}})
+    while not pruner.finished:
+        assert pruner.updates < 300
+        pruner.update()
+    assert np.array_equal(pruner.gone.numpy(), wanted)
+    assert chosen(pruner) == digits
+
+
+def test_other_names_are_refused() -> None:
+    for option, message in (
+        ({"masked": "frozen"}, "masked='frozen' must be"),
+        ({"ranking": "l2"}, "ranking='l2' must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            set_up(**option)
+    with pytest.raises(ValueError, match="rule='best' must be one of uniform, tiers, pca"):
+        Experiment("x", rule="best")
+
+
+def test_an_experiment_prunes_the_columns_of_another_method(tmp_path: Path) -> None:
+    small = Experiment(
+        "small", method="gradual", columns_of="oneshot", batch_size=16, baseline_steps=5, interval=1, rounds=4,
+        prune_steps=12, retrain_steps=2, retrain_milestones=(), retrain_weight_decay=0.5,
+    )  # fmt: skip
+    places = Places(tmp_path, revision="test")
+    record = driver.run(small, load("digits"), places)
+    source = places.find(replace(small, method="oneshot", columns_of=""))
+    assert source is not None
+    assert record["notes"]["gone"] == source["notes"]["gone"]
+    assert math.isclose(np.mean(gone(record["notes"]["gone"], 1675)), 0.5, abs_tol=0.05)
+    assert small.phase("retrain").weight_decay == 0.5
+    assert small.phase("prune").weight_decay == 0.004
+
+
+def test_a_plan_by_pca_weighs_the_layers() -> None:
+    digits, plain = load("digits"), Experiment("x", flop_ratio=4)
+    net = networks.create("convnet")
+    uniform, pca = (driver.make_pruner(net, digits, replace(plain, rule=rule)).plan for rule in ("uniform", "pca"))
+    assert uniform.targets != pca.targets
+    assert pca.reached == pytest.approx(4, rel=0.01)
+    assert type(driver.make_pruner(net, digits, plain)).__name__ == "Pruner", "the paper's method is not a variant"
+    assert "spp" in methods.METHODS
