@@ -30,7 +30,7 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
         raise ValueError(f"no records of {name!r} in {path.parent}; `python -m sppkit run` makes them")
     runs = pd.DataFrame(map(json.loads, path.read_text().splitlines()))
     pairs = [*zip(runs["method"], runs["settings"], strict=True)]
-    titles = [f"{TITLES[m]}, {'channel' if m == 'cp' else s['kind']}s{departures(s)}" for m, s in pairs]
+    titles = [f"{TITLES[m]}, {'channel' if m == 'cp' else s.get('kind', 'column')}s{departures(s)}" for m, s in pairs]
     return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
 
 
@@ -53,7 +53,8 @@ def departures(settings: dict[str, Any]) -> str:
     texts = {"masked": "masked groups {}", "ranking": "ranked by {}", "columns_of": "columns of {}"}
     plain = {"masked": "decays", "ranking": "norm", "columns_of": ""}
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
-    return "".join(f", {texts[key].format(TITLES.get(value, value))}" for key, value in found.items())
+    names = {**TITLES, "taylor": "gradient · weight", "first": "first norms"}
+    return "".join(f", {texts[key].format(names.get(value, value))}" for key, value in found.items())
 
 
 def mean_and_spread(values: pd.Series) -> str:

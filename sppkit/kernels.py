@@ -29,13 +29,13 @@ else:
 
 
 def hide(weight: Tensor, keep: Tensor, groups: Tensor, mask: Tensor, masked: Tensor) -> None:
-    """mask = keep[groups] and masked = weight · mask; keep (G,) bool, groups int32 and the others of one length."""
+    """mask = keep[groups] and masked = weight · mask; keep (G,), groups int32, the others of one length."""
     if not _launched(_hide, weight, keep, groups, mask, masked):
         torch.mul(weight, torch.index_select(keep, 0, groups, out=mask), out=masked)
 
 
 def clear(first: Tensor, second: Tensor, mask: Tensor) -> None:
-    """Set both to 0 where the mask (bool) is False."""
+    """Set both to 0 where the mask is 0."""
     if not _launched(_clear, first, second, mask):
         first.mul_(mask)
         second.mul_(mask)

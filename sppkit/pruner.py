@@ -99,10 +99,10 @@ class Pruner:
         self.finished, self._steps = False, 0
         self.generator = torch.Generator(first.device).manual_seed(self.seed)
         self._strength = self._p.new_full((1,), methods.SSL_STRENGTH)  # 0 once the pruner is finished
-        self._draws = torch.ones(min(self.interval, 256), G + 2, dtype=torch.bool, device=first.device)  # a row a step
+        self._draws = first.new_ones(min(self.interval, 256), G + 2, dtype=torch.bool if first.is_cuda else None)
         self._keep, self._row, self._before = self._draws[0].clone(), len(self._draws), self.generator.get_state()
         self._weight, self._masked, self._gradient, self._momentum = first.new_zeros(4, elements).detach()
-        self._mask = torch.ones(elements, dtype=torch.bool, device=first.device)
+        self._mask = first.new_ones(elements, dtype=self._draws.dtype)  # like `_draws`, which holds a row a step
         self._views_of_weight, self._views_of_masked = self._views(self._weight), self._views(self._masked)
         self._columns, self._rows = torch.empty(2, elements, dtype=torch.int32, device=first.device)
         parts = (self._views(flat) for flat in (self._weight, self._gradient, self._columns, self._rows))

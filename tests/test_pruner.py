@@ -294,13 +294,15 @@ def test_masks_depend_on_the_seed_and_not_on_global_state() -> None:
     assert not torch.equal(masks[0], masks[2])
 
 
-def test_a_saved_state_goes_on_bit_for_bit() -> None:
-    network, pruner, optimizer = set_up(interval=1)
+@pytest.mark.parametrize("interval", [1, 7])  # 7: saved in the middle of an interval, whose masks are drawn again
+def test_a_saved_state_goes_on_bit_for_bit(interval: int) -> None:
+    network, pruner, optimizer = set_up(interval=interval)
     for number in range(30):
-        pruner.update()
+        if number % interval == 0:
+            pruner.update()
         step(network, pruner, optimizer, number)
     twin = copy.deepcopy(network)
-    other = prune(twin, interval=1, seed=99)
+    other = prune(twin, interval=interval, seed=99)
     other_optimizer = sgd(twin)
     saved = {name: value.clone() for name, value in pruner.state().items()}
     buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in network.parameters()]
@@ -308,11 +310,13 @@ def test_a_saved_state_goes_on_bit_for_bit() -> None:
         other_optimizer.state[parameter]["momentum_buffer"] = buffer
     other.attach(other_optimizer)
     other.load_state(saved)
-    assert other.updates == 30
+    assert other.updates == math.ceil(30 / interval)
     for number in range(30, 60):
         for net, masks, optim in ((network, pruner, optimizer), (twin, other, other_optimizer)):
-            masks.update()
+            if number % interval == 0:
+                masks.update()
             step(net, masks, optim, number)
+        assert torch.equal(pruner._mask, other._mask)
     pairs = zip(network.parameters(), twin.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert torch.equal(pruner.probability, other.probability)

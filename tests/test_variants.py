@@ -66,7 +66,7 @@ def test_what_happens_to_a_masked_group(masked: str) -> None:
     F.cross_entropy(net(x), y).backward()
     pruner.after(optimizer)
     optimizer.step()
-    hidden = ~pruner._mask
+    hidden = ~pruner._mask.bool()
     assert 30 < int(hidden.sum()) < len(hidden) - 30
     velocity = {
         "decays": DECAY * weight,
