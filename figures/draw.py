@@ -61,8 +61,8 @@ def lost_by_method(*lists: pd.DataFrame) -> Figure:
         means = runs.groupby("title")["lost"].mean()
         axes.plot(means, means.index.map(places) + shift, "|", color=colour, ms=16, mew=2.5)
     axes.axvline(0, color="0.35", lw=1.2)
-    counts = fours[-1].groupby("title").size()
-    axes.set_yticks([*places.values()], [f"{title} (n={counts[title]})" for title in places])
+    counts = {title: dict.fromkeys(str((runs["title"] == title).sum()) for runs in fours) for title in places}
+    axes.set_yticks([*places.values()], [f"{title} (n={' and '.join(counts[title])})" for title in places])
     axes.invert_yaxis()
     axes.set(xlabel="points of test accuracy lost against the seed's own baseline")
     axes.set_title(f"{lists[0]['network'].iloc[0]} on {lists[0]['dataset'].iloc[0]}, a quarter of the MACs left")
