@@ -39,6 +39,6 @@ def describe(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--download", action="store_true", help="fetch it if it is absent")
     options = parser.parse_args(arguments)
     found = data.load(options.set, root=options.data or options.root / "data", download=options.download)
-    size, classes = found.image_size, found.classes
+    size, classes = len(found.train.images[0]), found.classes
     print(f"{found.name}: {len(found.train)} training and {len(found.test)} test images of {size}x{size} pixels")
     print(f"{len(classes)} classes: {', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}")

@@ -46,10 +46,6 @@ class ImageData:
     test: Split
     classes: tuple[str, ...]
 
-    @property
-    def image_size(self) -> int:
-        return self.train.images.shape[1]
-
 
 def project_root() -> Path:
     """The first of the working directory and its parents that holds data/runs; else the working directory."""

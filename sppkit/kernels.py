@@ -1,5 +1,6 @@
 """Masking in one pass over memory each way: Triton kernels on a GPU, torch's operators elsewhere."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -45,7 +46,11 @@ def _launched(kernel: Any, *tensors: Tensor) -> bool:
     first, count = tensors[0], len(tensors[0])
     if kernel is None or not first.is_cuda or first.dtype != torch.float32:
         return False
-    with torch.cuda.device(first.device):
-        arguments = [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors]
-        kernel[(triton.cdiv(count, 2048),)](*arguments, count, BLOCK=2048)  # elements a program
-    return True
+    arguments = [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors]
+    try:
+        with torch.cuda.device(first.device):
+            kernel[(triton.cdiv(count, 2048),)](*arguments, count, BLOCK=2048)  # elements a program
+    except Exception as error:  # Triton compiles at the first launch: no compiler, or a GPU that it does not know
+        warnings.warn(f"Triton's kernels do not run here ({error}); torch's operators mask instead", stacklevel=2)
+        globals().update(_hide=None, _clear=None)
+    return kernel in (_hide, _clear)

@@ -2,7 +2,7 @@
 
 The weights of all pruned layers are views of one flat tensor, so a training step needs one mask, whatever the depth,
 and no host synchronisation: it can be captured in a CUDA graph. Forward and backward pass see a masked copy, the
-optimiser the weights. The masks of all steps up to the next update are drawn together. With a loop of one's own:
+optimiser the weights (after an exception, `restore`). Masks are drawn for many steps at once. With a loop of one's own:
 
     pruner = attach(network, example, flop_ratio=2)       # after network.to(device), before the optimiser's first step
     for x, y in loader:
@@ -93,9 +93,10 @@ class Pruner:
         first, elements, G = self._parameters[0], sum(w.numel() for w in self._parameters), self.groups.count
         self._p = torch.zeros(G + 2, device=first.device)  # of the groups; of "always kept"; of "not there", which is 1
         self._p[-1] = 1
-        self.probability = self._p[:G]  # (G,), a view
+        self.probability = self._p[:G]  # (G,), a view; set by hand, it acts when the masks drawn before are used up
         self.gone = torch.zeros(G, dtype=torch.bool, device=first.device)  # for good
         self.trace: list[Tensor] = []  # probabilities after each update, (G,) on the CPU
+        self.sums: dict[str, Tensor] = {}  # what a step changes beside the weights: a variant's; saved with them
         self.finished, self._steps = False, 0
         self.generator = torch.Generator(first.device).manual_seed(self.seed)
         self._strength = self._p.new_full((1,), methods.SSL_STRENGTH)  # 0 once the pruner is finished
@@ -125,6 +126,7 @@ class Pruner:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the optimiser's momentum buffers of the pruned weights views of one flat tensor, values kept."""
+        self.restore()
         if "momentum" not in optimizer.defaults:
             kind = type(optimizer).__name__
             raise ValueError(f"{kind} has no momentum to clear: use torch.optim.SGD, or after() without the optimizer")
@@ -240,14 +242,14 @@ class Pruner:
         """
         if kind not in VIEWS:
             raise ValueError(f"view {kind!r} must be one of {', '.join(VIEWS)}")
-        random = self.generator.get_state()
+        random, shown = self.generator.get_state(), [weight.data for weight in self._parameters]
         drawn = spp.draw(self._p, self.generator)
         stays = {"sampled": drawn, "expected": 1 - self._p, "threshold": self._p < 0.5, "unmasked": self._p >= 0}[kind]
         try:
-            self._show(self._views(self._weight * stays[self._columns] * stays[self._rows]))
+            self._show(self._views((self._weight * stays[self._columns] * stays[self._rows]).to(self._weight.dtype)))
             yield
         finally:
-            self.restore()
+            self._show(shown)
             self.generator.set_state(random)
 
     @property
@@ -262,10 +264,6 @@ class Pruner:
         plan = {"kind": self.groups.kind, "targets": self.plan.targets, "flop_ratio": self.plan.flop_ratio}
         return plan | {name: getattr(self, name) for name in names}
 
-    def pruned(self, name: str) -> int:
-        """Groups of layer `name` that are gone for good."""
-        return int(self.gone[self.slices[name]].sum())
-
     def table(self) -> pd.DataFrame:
         """One row a layer: groups, target, pruned, and how many rose above p = 0.5 and came back (recovered)."""
         rows, trace = [], self.state()["trace"]
@@ -273,7 +271,7 @@ class Pruner:
             p = trace[:, self.slices[name]]  # (updates, N_c)
             p = p[: int(((p == 1).sum(1) < target).sum()) + 1]  # up to the update that finished the layer
             back = ((p > 0.5).any(0) & (p[-1:] < 0.5).any(0)).sum()
-            rows.append((name, p.shape[1], target, self.pruned(name), int(back)))
+            rows.append((name, p.shape[1], target, int(self.gone[self.slices[name]].sum()), int(back)))
         return pd.DataFrame(rows, columns=["layer", "groups", "target", "pruned", "recovered"])
 
     def state(self) -> dict[str, Tensor]:
@@ -289,6 +287,7 @@ class Pruner:
         found, expected = len(state["probability"]), self.groups.count
         if found != expected:
             raise ValueError(f"the saved pruning state has {found} groups, this network {expected}")
+        self.restore()
         self.probability.copy_(state["probability"])
         self.gone.copy_(state["gone"])
         self.finished, self._steps = bool(state["counts"][0]), int(state["counts"][1])

@@ -90,8 +90,7 @@ def update(
     """
     check(A=A, u=u, form=form)
     if probability.dim() != 1 or probability.shape != importance.shape:
-        shapes = f"probability {tuple(probability.shape)} and importance {tuple(importance.shape)}"
-        raise ValueError(f"{shapes} must both be (N_c,)")
+        raise ValueError(f"probability {tuple(probability.shape)}, importance {tuple(importance.shape)} must be (N_c,)")
     if not bool(((probability >= 0) & (probability <= 1)).all()):
         raise ValueError(f"probabilities must lie in [0, 1], found {probability.min():g} to {probability.max():g}")
     if bad := int((~importance.isfinite()).sum()):

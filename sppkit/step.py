@@ -74,6 +74,7 @@ class TrainingStep:
 
     def __post_init__(self) -> None:
         self.network.train()
+        self.fuse &= self.pruner is None or self.pruner.gradient == "exact"  # compiled, backward keeps masked weights
         self.forward = torch.compile(self.network) if self.fuse else self.network
         if self.pruner is not None and self.pruner.gradient == "unmasked" and self.settings.precision == "bf16":
             raise ValueError("gradient='unmasked' needs precision='float32' or 'tf32': bf16 keeps masked copies")
@@ -153,12 +154,12 @@ class TrainingStep:
         loss, correct = (self.totals / steps).tolist()
         self.totals.zero_()
         if not math.isfinite(loss):
-            way_out = f"lower lr={self.settings.lr} or go back to a checkpoint"
-            raise FloatingPointError(f"the loss became {loss} by step {done}; {way_out}")
+            raise FloatingPointError(f"the loss became {loss} by step {done}; lower lr={self.settings.lr} or go back")
         return {"step": done, "lr": self.rate, "loss": loss, "accuracy": 100 * correct}
 
     def _tensors(self) -> dict[str, Tensor]:
         own = {f"network/{name}": value for name, value in self.network.state_dict().items()} | {"totals": self.totals}
+        own |= {f"sums/{name}": value for name, value in (self.pruner.sums if self.pruner else {}).items()}
         momentum = {p: state["momentum_buffer"] for p, state in self.optimizer.state.items() if state}
         names = {name: p for name, p in self.network.named_parameters() if p in momentum}
         return own | {f"momentum/{name}": momentum[p] for name, p in names.items()}

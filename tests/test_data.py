@@ -42,7 +42,7 @@ def test_digits_are_the_digits_of_scikit_learn() -> None:
 
     digits = load_digits()
     loaded = data.load("digits", size=8)
-    assert (loaded.name, loaded.image_size, loaded.classes) == ("digits", 8, tuple("0123456789"))
+    assert (loaded.name, len(loaded.train.images[0]), loaded.classes) == ("digits", 8, tuple("0123456789"))
     both = torch.cat([loaded.train.images, loaded.test.images])
     labels = torch.cat([loaded.train.labels, loaded.test.labels])
     assert torch.equal(both, both[..., :1].expand_as(both))
@@ -219,7 +219,7 @@ def test_imagenette_is_found_in_any_of_its_sizes(tmp_path: Path) -> None:
     write_images(tmp_path / "imagenette-128" / "train", 2, 1)
     write_images(tmp_path / "imagenette-128" / "val", 1, 2)
     loaded = data.load("imagenette", root=tmp_path)
-    assert (loaded.name, loaded.image_size) == ("imagenette", 128)
+    assert (loaded.name, len(loaded.train.images[0])) == ("imagenette", 128)
     assert loaded.classes == ("class0", "class1")
     assert (loaded.train.labels.tolist(), loaded.test.labels.tolist()) == ([0, 0, 1], [0, 1, 1])
     assert data.available(tmp_path)["imagenette"] is True
@@ -269,7 +269,7 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path, held_out: s
     loaded = data.load(tmp_path)
     assert loaded.train.labels.tolist() == [0, 0, 0, 1]
     assert loaded.test.labels.tolist() == [0, 1, 1]
-    assert loaded.image_size == 128
+    assert len(loaded.train.images[0]) == 128
     (tmp_path / held_out / "class1").rename(tmp_path / held_out / "other")
     with pytest.raises(ValueError, match=r"differ: \['class1', 'other'\]"):
         data.load(tmp_path)

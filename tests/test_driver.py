@@ -190,13 +190,16 @@ def test_a_baseline_of_another_image_size_is_refused(finished: Places) -> None:
         baseline(SMALL, load("digits", size=16), finished)
 
 
-def test_a_run_that_fails_does_not_stop_the_others(finished: Places, tmp_path: Path) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(
+    finished: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     places = Places(tmp_path, revision="test")
-    good, bad = SMALL, replace(SMALL, prune_steps=5)
-    made = run_all([bad, good], places, device=torch.device("cpu"), jobs=2)
-    assert next(made)["run_id"] == good.run_id
+    good, bad, later = SMALL, replace(SMALL, prune_steps=5), replace(SMALL, method="oneshot", columns_of="spp")
+    made = run_all([bad, later, good], places, device=torch.device("cpu"), jobs=2)
+    assert [next(made)["run_id"] for _ in range(2)] == [good.run_id, later.run_id]  # the source of columns first
     with pytest.raises(RuntimeError, match="5 steps were too few to prune"):
         next(made)
+    assert f"{bad.run_id} spp seed 0 failed: 5 steps were too few" in capsys.readouterr().out
     alone, both = finished.find(good), places.find(good)
     assert alone is not None
     assert both is not None

@@ -230,7 +230,7 @@ def test_pruned_groups_are_zero_for_good_and_survivors_go_to_zero_probability() 
         number += 1
         assert number < 400
     assert set(pruner.probability.tolist()) == {0.0, 1.0}
-    assert {name: pruner.pruned(name) for name in TARGETS} == TARGETS
+    assert {name: int(pruner.gone[pruner.slices[name]].sum()) for name in TARGETS} == TARGETS
     for number in range(500, 520):
         step(network, pruner, optimizer, number)
     for name in TARGETS:
@@ -253,7 +253,7 @@ def test_a_layer_that_finishes_early_waits_for_the_others() -> None:
     while not pruner.finished:
         pruner.update()
         for name, target in pruner.plan.targets.items():
-            if pruner.pruned(name) == target:
+            if int(pruner.gone[pruner.slices[name]].sum()) == target:
                 finish.setdefault(name, pruner.updates)
                 assert set(pruner.probability[pruner.slices[name]].tolist()) == {0.0, 1.0}
     assert len(set(finish.values())) == 2
@@ -321,6 +321,40 @@ def test_a_saved_state_goes_on_bit_for_bit(interval: int) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
     assert torch.equal(pruner.probability, other.probability)
     assert torch.equal(torch.stack(pruner.trace), torch.stack(other.trace))
+
+
+def test_after_an_interrupted_step_a_state_can_be_loaded() -> None:
+    network, pruner, optimizer = set_up()
+    pruner.probability.fill_(0.5)
+    pruner.mask()  # the step ends here
+    pruner.load_state(pruner.state())
+    network.load_state_dict({name: torch.full_like(value, 0.5) for name, value in network.state_dict().items()})
+    pruner.mask()
+    pruner.unmask()
+    assert network.one.weight.detach().eq(0.5).all()
+    pruner.mask()
+    pruner.attach(optimizer)  # as a resumed `fit` does
+    assert network.one.weight.detach().eq(0.5).all()
+
+
+def test_a_look_in_the_middle_of_a_step_leaves_what_was_shown() -> None:
+    network, pruner, _ = set_up()
+    pruner.probability.fill_(0.5)
+    pruner.mask()
+    shown = network.one.weight.detach().clone()
+    assert shown.eq(0).any()
+    with pruner.view("unmasked"):
+        assert network.one.weight.detach().ne(0).all()
+    assert torch.equal(network.one.weight.detach(), shown)
+
+
+def test_a_look_keeps_the_type_of_the_weights() -> None:
+    network = small()
+    plan = make_plan(network, torch.zeros(1, 3, 5, 6), targets=TARGETS)
+    pruner = Pruner(network.to(torch.bfloat16), plan)
+    pruner.probability.fill_(0.5)
+    with pruner.view("expected"):
+        assert network.one.weight.dtype == torch.bfloat16
 
 
 def convnet_pruner(**options: Any) -> Pruner:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,7 +59,7 @@ def dropout_network(seed: int = 0) -> nn.Module:
         )
 
 
-def prune(network: nn.Module, goals: dict[str, int], **options: int) -> Pruner:
+def prune(network: nn.Module, goals: dict[str, int], **options: Any) -> Pruner:
     size = 32 if "conv2" in goals else 8
     return Pruner(network, make_plan(network, torch.zeros(1, 3, size, size), targets=goals), **options)
 
@@ -455,3 +456,15 @@ def test_settings_out_of_range_are_refused(options: dict[str, object], message: 
 def test_a_batch_larger_than_the_set_is_refused(images: ImageData) -> None:
     with pytest.raises(ValueError, match="batch_size=64"):
         fit(make("dropout"), images, replace(SETTINGS, batch_size=64))
+
+
+def test_a_gradient_through_unmasked_weights_is_not_compiled(
+    images: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    for gradient in ("exact", "unmasked"):
+        network = make("convnet")
+        pruner = prune(network, {"conv2": 400}, gradient=gradient)
+        TrainingStep(network, images, SETTINGS, pruner=pruner, fuse=True)
+        assert (network in compiled) == (gradient == "exact")

@@ -19,6 +19,7 @@ from variants import VariedPruner, chosen, gone
 from sppkit import methods, networks
 from sppkit.data import load
 from sppkit.plan import make_plan
+from sppkit.step import Training, TrainingStep
 
 LR, DECAY = 0.05, 0.02
 
@@ -93,6 +94,23 @@ def test_the_ranking_by_taylor_is_the_sum_over_the_steps_by_hand() -> None:
     torch.testing.assert_close(pruner.importance()[:27], expected)
     own = net[0].weight.detach().abs().sum(0).flatten()
     torch.testing.assert_close(pruner.importance()[:27], own)  # the sums start anew
+
+
+def test_the_sums_are_saved_with_the_weights(tmp_path: Path) -> None:
+    digits, settings = load("digits"), Training(steps=3, batch_size=16, lr=1e-3)
+    for seed in range(2):
+        net = networks.create("resnet20", seed=seed)
+        plan = make_plan(net, torch.zeros(1, 3, 32, 32), ratio=0.5, layers=["conv1"])
+        pruner = VariedPruner(net, plan, ranking="taylor", interval=10)
+        step = TrainingStep(net, digits, settings, pruner=pruner)
+        if seed == 0:
+            step.step(0)
+            step.save(tmp_path / "file", 1, [])
+            wanted = pruner.sums["taylor"].clone()
+            assert wanted.any()
+        else:
+            step.resume(tmp_path / "file")
+            assert torch.equal(pruner.sums["taylor"], wanted)
 
 
 def test_the_first_ranking_stays() -> None:

@@ -117,14 +117,14 @@ def _baseline(
     network = networks.create(base.network, classes=len(data.classes), seed=base.seed).to(data.train.images.device)
     name = f"{base.network}-{Path(base.dataset).name}-seed{base.seed}-{base.run_id}.safetensors".replace("/", "-")
     path, found, settings = places.checkpoints / name, places.find(base), base.phase("baseline")
-    begin = time.monotonic()
+    begin, size = time.monotonic(), len(data.train.images[0])
     if path.exists():
-        trained_on = state.load_network(network, path).get("image_size", data.image_size)
-        if trained_on != data.image_size:
-            raise ValueError(f"{path} was trained on {trained_on}-pixel images, not {data.image_size}; move it away")
+        trained_on = state.load_network(network, path).get("image_size", size)
+        if trained_on != size:
+            raise ValueError(f"{path} was trained on {trained_on}-pixel images, not {size}; move it away")
     else:
         yield from training(network, data, settings, **limits(places.work / name))
-        state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=data.image_size)
+        state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=size)
     identity = network_id(network)
     if found is None:
         accuracies = dict.fromkeys(("acc_baseline", "acc_pruned", "acc_final"), evaluate(network, data, settings))
@@ -212,25 +212,41 @@ def run_all(
     if jobs > 1 and len({experiment.precision == "float32" for experiment in planned}) > 1:
         raise ValueError(f"jobs={jobs} cannot mix float32 with a lower precision; run them apart, or with jobs=1")
     images = cache(lambda dataset: load(dataset, root=places.data, device=device))
-    # what others need comes first: shared baselines, then runs whose columns are taken up
-    needed = [list(bases.values()), *([e for e in planned if bool(e.columns_of) == late] for late in (False, True))]
-    with precision_flags(device, planned[0].phase("retrain")) if jobs > 1 else nullcontext():
-        for part in needed if jobs > 1 else (planned,):
-            waiting = [stages(experiment, images(experiment.dataset), places, limits) for experiment in part]
-            for record in _together(waiting, jobs, device):
-                if part is not needed[0]:
-                    yield record
+    # what others need comes first: shared baselines, then runs whose columns are taken up, planned or not
+    ids, taken = {e.run_id for e in planned}, [e for e in planned if e.columns_of]
+    sources = {e.run_id: e for e in (replace(e, method=e.columns_of, columns_of="") for e in taken)}
+    first = {e.run_id: e for e in planned if not e.columns_of} | sources
+    failed = list[Exception]()
+    with precision_flags(device, planned[0].phase("retrain")) if jobs > 1 and planned else nullcontext():
+        for part in ([*bases.values()], [*first.values()], taken) if jobs > 1 else (planned,):
+            waiting = [_named(experiment, images(experiment.dataset), places, limits) for experiment in part]
+            yield from (record for record in _together(waiting, jobs, device, failed) if record["run_id"] in ids)
             if waiting:  # out of time
-                return
+                break
+    if failed:
+        raise failed[0]
 
 
-def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def _named(experiment: Experiment, data: ImageData, places: Places, limits: Limits) -> Stages:
+    """`stages`; an error is printed with the run that it is of."""
+    try:
+        return (yield from stages(experiment, data, places, limits))
+    except OutOfTime:
+        raise
+    except Exception as error:
+        print(f"{experiment.run_id} {experiment.method} seed {experiment.seed} failed: {error}", flush=True)
+        raise
+
+
+def _together(
+    waiting: list[Stages], jobs: int, device: torch.device, failed: list[Exception]
+) -> Iterator[dict[str, Any]]:
     """Advance `jobs` generators in turn, each on a stream of its own, and yield what they return.
 
     Takes them out of `waiting`; what is left there was not finished in time. One that fails does not stop the others:
-    the first error is raised when they are done.
+    its error goes to `failed`.
     """
-    gpu, late, failed = device.type == "cuda", "", list[Exception]()
+    gpu, late = device.type == "cuda", ""
     slots: dict[int, Stages] = {}
     # a run that is AHEAD steps ahead of its stream is passed over, so that a slow network does not hold up the others
     marks = [[torch.cuda.Event() for _ in range(AHEAD)] if gpu and jobs > 1 else [] for _ in range(jobs)]
@@ -260,8 +276,6 @@ def _together(waiting: list[Stages], jobs: int, device: torch.device) -> Iterato
         if late and not slots:
             print(f"time is up: {late}; run the same command again to go on")
             break
-    if failed:
-        raise failed[0]
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:

@@ -21,9 +21,8 @@ class VariedPruner(Pruner):
 
     masked: "decays" is SPP's; "still": their weights do not move at all; "momentum": their momentum is not cleared;
     "trained": they get the gradient that the masked network has at their place.
-    ranking: "norm" is SPP's; "first": the norms before the first step, for all updates; "taylor": the mean over the
-    steps since the last update of |sum of gradient · weight| in a group, masked or not, which a group can only raise by
-    being useful; norms before the first step.
+    ranking: "norm" is SPP's; "first": the norms before the first step, for all updates; "taylor": the sum over the
+    steps since the last update of |sum of gradient · weight| in a group, masked or not; norms before the first step.
     """
 
     _: KW_ONLY
@@ -37,6 +36,7 @@ class VariedPruner(Pruner):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         self._sums = torch.zeros_like(self._p)  # (G + 2,) of the ranking "taylor"
+        self.sums = {"taylor": self._sums}
         self._first = super().importance()
         self._stays: Tensor | None = None  # (G,)
 
@@ -58,7 +58,8 @@ class VariedPruner(Pruner):
     @property
     def _alive(self) -> Tensor:
         """The weights (elements,) of groups that are not gone: computed in the step, since the step is captured."""
-        return (self._p < 1)[self._columns] & (self._p < 1)[self._rows]
+        alive = torch.cat([~self.gone, self.gone.new_ones(2)])
+        return alive[self._columns] & alive[self._rows]
 
     def importance(self) -> Tensor:
         """By the ranking; groups that must stay come last."""
