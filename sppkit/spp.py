@@ -97,7 +97,8 @@ def update(
         raise ValueError(f"{bad} of {len(importance)} importances are NaN or infinite; check the weights")
     if not 0 <= target <= len(probability):
         raise ValueError(f"target={target} must lie in 0 to {len(probability)}, the number of groups")
-    return advance(probability[None], importance[None], importance.new_tensor([target]), A=A, u=u, form=form)[0]
+    goal = torch.tensor([target], device=probability.device)
+    return advance(probability[None], importance[None], goal, A=A, u=u, form=form)[0]
 
 
 def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -154,7 +154,8 @@ class TrainingStep:
         loss, correct = (self.totals / steps).tolist()
         self.totals.zero_()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss} by step {done}; lower lr={self.settings.lr} or go back")
+            way_out = f"lower lr={self.settings.lr} or go back to a checkpoint"
+            raise FloatingPointError(f"the loss became {loss} by step {done}; {way_out}")
         return {"step": done, "lr": self.rate, "loss": loss, "accuracy": 100 * correct}
 
     def _tensors(self) -> dict[str, Tensor]:

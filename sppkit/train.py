@@ -56,10 +56,8 @@ def training(
     run = TrainingStep(network, data, settings, pruner=pruner, fuse=fuse)
     length, first, history = run.batches.steps_per_epoch, 0, list[dict[str, float]]()
     quiet = True if os.environ.get("CI") else None  # None: quiet unless a terminal is attached
-    with (
-        torch.random.fork_rng(devices=[run.device] * (run.device.type == "cuda")),
-        precision_flags(run.device, settings),
-    ):
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), precision_flags(run.device, settings):
         run.generator.manual_seed(settings.seed)
         if checkpoint is not None and checkpoint.exists():
             first, history = run.resume(checkpoint)

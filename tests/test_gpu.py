@@ -104,7 +104,8 @@ def test_the_kernels_do_what_the_operators_do(count, monkeypatch):
         groups = torch.randint(50, (count,), generator=generator, device="cuda", dtype=torch.int32)
         mask, masked = torch.zeros(count, dtype=torch.bool, device="cuda"), torch.full_like(weight, 7)
         if not gpu:
-            [monkeypatch.setattr(kernels, name, None) for name in ("_hide", "_clear")]
+            for name in ("_hide", "_clear"):
+                monkeypatch.setattr(kernels, name, None)
         assert gpu == (kernels._hide is not None)
         kernels.hide(weight, keep, groups, mask, masked)
         kernels.clear(first, second, mask)

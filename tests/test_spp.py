@@ -158,6 +158,13 @@ def test_static_norms_take_as_many_updates_as_the_simulation(groups: int, fewest
     assert fewest <= min(counts) <= max(counts) <= most
 
 
+def test_a_low_precision_of_the_importance_does_not_round_the_target() -> None:
+    p, importance = torch.zeros(800), torch.arange(800).to(torch.bfloat16)
+    expected = spp.update(p, importance.float(), 598)
+    assert not torch.equal(expected, spp.update(p, importance.float(), 600))  # what bfloat16 makes of 598
+    assert torch.equal(spp.update(p, importance, 598), expected)
+
+
 def test_update_refuses_bad_input() -> None:
     p, importance = torch.zeros(4), torch.arange(4.0)
     with pytest.raises(ValueError, match=r"probability \(4,\), importance \(3,\) must be"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from variants import VariedPruner, chosen, gone
 
-from sppkit import methods, networks
+from sppkit import networks
 from sppkit.data import load
 from sppkit.plan import make_plan
 from sppkit.step import Training, TrainingStep
@@ -171,4 +171,3 @@ def test_a_plan_by_pca_weighs_the_layers() -> None:
     assert uniform.targets != pca.targets
     assert pca.reached == pytest.approx(4, rel=0.01)
     assert type(driver.make_pruner(net, digits, plain)).__name__ == "Pruner", "the paper's method is not a variant"
-    assert "spp" in methods.METHODS

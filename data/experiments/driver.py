@@ -77,9 +77,7 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     history = yield from training(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
     small = compact(pruned, example)
     left = cost.summary(small, example)
-    if (
-        pruner is not None and experiment.seed == experiment.holdout == 0
-    ):  # one seed's trajectory is enough for the notebooks' pictures
+    if pruner is not None and experiment.seed == experiment.holdout == 0:  # one seed's is enough for pictures
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
         trace = (torch.stack(pruner.trace) * 255).round().to(torch.uint8)  # (updates, groups) in 255ths
         about = {"kind": "trace", "layers": layers, "interval": pruner.interval}
