@@ -109,8 +109,8 @@ def _positions(pruner: Pruner, importance: Tensor) -> np.ndarray:
     """Place of each group in the order of removal: rank (from 1) over target; above 1 a group is not planned to go."""
     score, place = importance.double().cpu().numpy(), np.full(len(importance), np.inf)
     score = np.where(pruner.gone.cpu().numpy(), -np.inf, score)
-    for name, part in pruner.slices.items():
-        if target := pruner.plan.targets[name]:
+    for name, part in pruner.ranked.items():
+        if target := pruner.targets[name]:
             place[part] = (score[part].argsort(kind="stable").argsort(kind="stable") + 1) / target
     return np.where(place <= 1, place, np.inf)
 

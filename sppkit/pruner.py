@@ -84,6 +84,7 @@ class Pruner:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         self.groups, self.slices = self.plan.groups, self.plan.groups.slices  # slices: of the flat group axis
+        self.ranked, self.targets = self.slices, dict(self.plan.targets)  # groups ranked together, how many of them go
         for name, module in self.groups.modules.items():
             if self.network.get_submodule(name) is not module:
                 raise ValueError(f"the plan is of another network: make_plan(network, ...) for the one with {name!r}")
@@ -91,8 +92,7 @@ class Pruner:
                 raise ValueError(f"the weights of layer {name!r} hold NaN or infinite values; nothing was pruned")
         self._parameters = [module.weight for module in self.groups.modules.values()]
         first, elements, G = self._parameters[0], sum(w.numel() for w in self._parameters), self.groups.count
-        self._p = torch.zeros(G + 2, device=first.device)  # of the groups; of "always kept"; of "not there", which is 1
-        self._p[-1] = 1
+        self._p = torch.tensor([0.0] * (G + 1) + [1.0], device=first.device)  # groups; "always kept"; "not there"
         self.probability = self._p[:G]  # (G,), a view; set by hand, it acts when the masks drawn before are used up
         self.gone = torch.zeros(G, dtype=torch.bool, device=first.device)  # for good
         self.trace: list[Tensor] = []  # probabilities after each update, (G,) on the CPU
@@ -116,7 +116,7 @@ class Pruner:
         longest = max(self.groups.sizes.values())
         ids = [[*range(part.start, part.stop)] + [G + 1] * longest for part in self.slices.values()]
         self._layers = torch.tensor([row[:longest] for row in ids], device=first.device)  # (L, N) indices of groups
-        goal = [self.plan.targets[name] + longest - size for name, size in self.groups.sizes.items()]
+        goal = [self.targets[name] + longest - size for name, size in self.groups.sizes.items()]
         self._target = torch.tensor(goal, device=first.device)  # (L,), with those that are not there
 
     def _views(self, flat: Tensor) -> list[Tensor]:

@@ -35,6 +35,7 @@ from sppkit.step import precision_flags
 from sppkit.train import OutOfTime, evaluate, exhaust, renew_statistics, training
 
 AHEAD = 8  # steps
+TRACE = 1_000_000  # bytes of one recorded trace at most; longer ones are thinned out
 Stages = Generator[None, None, dict[str, Any]]
 # A method's network, its masks, and notes for the record
 Pruned = Generator[None, None, tuple[nn.Module, Pruner | None, dict[str, Any]]]
@@ -80,7 +81,9 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     if pruner is not None and experiment.seed == experiment.holdout == 0:  # one seed's is enough for pictures
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
         trace = (torch.stack(pruner.trace) * 255).round().to(torch.uint8)  # (updates, groups) in 255ths
-        about = {"kind": "trace", "layers": layers, "interval": pruner.interval}
+        every = -(-trace.numel() // TRACE)
+        trace = trace[(len(trace) - 1) % every :: every]  # the last is in it
+        about = {"kind": "trace", "layers": layers, "interval": every * pruner.interval}
         state.save(places.runs / "traces" / f"{experiment.run_id}.safetensors", {"probability": trace}, about)
     results = {
         "flop_ratio": dense["conv_macs"] / left["conv_macs"],
@@ -141,8 +144,8 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=rule)
     names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale", "seed")
     options: dict[str, Any] = {name: getattr(plan, name) for name in names}
-    varied: dict[str, Any] = {"masked": plan.masked, "ranking": plan.ranking, "weight_decay": plan.weight_decay}
-    plain = (plan.masked, plan.ranking, plan.columns_of) == ("decays", "norm", "")
+    varied: dict[str, Any] = {name: getattr(plan, name) for name in ("masked", "ranking", "scope", "weight_decay")}
+    plain = (plan.masked, plan.ranking, plan.scope, plan.columns_of) == ("decays", "norm", "layer", "")
     pruner = Pruner(network, amounts, **options) if plain else VariedPruner(network, amounts, **options, **varied)
     if plan.method == "taylor":
         batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))

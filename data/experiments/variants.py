@@ -13,6 +13,7 @@ from sppkit.pruner import Pruner
 
 MASKED = ("decays", "still", "momentum", "trained")
 RANKINGS = ("norm", "first", "taylor")
+SCOPES = ("layer", "network")
 
 
 @dataclass(eq=False, repr=False)
@@ -23,22 +24,33 @@ class VariedPruner(Pruner):
     "trained": they get the gradient that the masked network has at their place.
     ranking: "norm" is SPP's; "first": the norms before the first step, for all updates; "taylor": the sum over the
     steps since the last update of |sum of gradient · weight| in a group, masked or not; norms before the first step.
+    scope: "layer" is SPP's; "network": one ranking of all groups, by importance per MAC that a group costs. How many go
+    is what the plan's FLOP ratio takes, counted anew at every update; each layer keeps its best group.
     """
 
     _: KW_ONLY
     masked: str = "decays"
     ranking: str = "norm"
+    scope: str = "layer"
     weight_decay: float = 0.0  # the optimiser's
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("masked", MASKED), ("ranking", RANKINGS)):
+        for name, known in (("masked", MASKED), ("ranking", RANKINGS), ("scope", SCOPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         self._sums = torch.zeros_like(self._p)  # (G + 2,) of the ranking "taylor"
         self.sums = {"taylor": self._sums}
         self._first = super().importance()
         self._stays: Tensor | None = None  # (G,)
+        if self.scope == "network":
+            if self.plan.flop_ratio is None or self.groups.kind == "filter":
+                raise ValueError(f"scope='network' needs a FLOP ratio, and groups other than filters; got {self.plan}")
+            self.ranked, self.targets = {"network": slice(0, self.groups.count)}, {"network": 1}
+            self._layers = torch.arange(self.groups.count, device=self._p.device)[None]
+            costs = [self.groups.macs[name] / size for name, size in self.groups.sizes.items()]
+            sizes = torch.tensor([*self.groups.sizes.values()])
+            self._cost = torch.tensor(costs).repeat_interleave(sizes).to(self._p.device)  # (G,) MACs
 
     def unmask(self) -> None:
         """SPP's, changed for masked groups; sums up what the ranking needs."""
@@ -69,7 +81,23 @@ class VariedPruner(Pruner):
         elif self.ranking == "taylor" and bool(self._sums.any()):
             importance = self._sums[: self.groups.count].clone()
             self._sums.zero_()
+        if self.scope == "network":
+            importance = self._over_the_network(importance)
         return importance if self._stays is None else importance + self._stays * (1 + importance.max())
+
+    def _over_the_network(self, importance: Tensor) -> Tensor:
+        """Importance per MAC; counts how many groups, the least important ones first, make up the FLOP ratio."""
+        score = importance / self._cost
+        for part in self.slices.values():
+            if self.ranking != "taylor" or not self.updates:  # norms of two layers cannot be compared
+                score[part] /= importance[part].mean()
+            score[part][score[part].argmax()] = torch.inf
+        score = score.masked_fill(score.isinf(), 2 * score[score.isfinite()].max() + 1)
+        total = sum(self.groups.macs.values())
+        freed = self._cost[score.masked_fill(self.gone, -1).argsort(stable=True)].cumsum(0)
+        count = int((freed < total - total / float(self.plan.flop_ratio or 1)).sum()) + 1
+        self.targets["network"], self._target = count, torch.tensor([count], device=score.device)
+        return score
 
     def choose(self, record: dict[str, Any]) -> None:
         """Prune the groups that went in the run of `record`, in this run's own order."""
