@@ -78,7 +78,8 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     history = yield from training(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
     small = compact(pruned, example)
     left = cost.summary(small, example)
-    if pruner is not None and experiment.seed == experiment.holdout == 0:  # one seed's is enough for pictures
+    moving = experiment.method in ("spp", "gradual") and not experiment.columns_of
+    if pruner is not None and moving and experiment.seed == experiment.holdout == 0:  # one seed's is enough for pictures
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
         trace = (torch.stack(pruner.trace) * 255).round().to(torch.uint8)  # (updates, groups) in 255ths
         every = -(-trace.numel() // TRACE)
