@@ -121,6 +121,52 @@ def test_the_first_ranking_stays() -> None:
     assert float((net[0].weight.detach().abs().sum(0).flatten() - norms).abs().max()) > 1e-3
 
 
+def test_a_column_gains_by_what_its_siblings_lose() -> None:
+    net, pruner, _ = set_up(siblings=0.5)
+    norms = torch.cat([net[i].weight.detach().abs().sum(0).flatten() for i in (0, 2)])  # 3 channels of 9, 6 of 4 taps
+    torch.manual_seed(0)
+    pruner.probability.copy_(torch.rand(51))
+    pruner.probability[9:18] = 1.0  # a channel that is gone
+    kept = 1 - pruner.probability
+    sums = torch.cat(
+        [kept[:27].view(3, 9).sum(1).repeat_interleave(9), kept[27:].view(6, 4).sum(1).repeat_interleave(4)]
+    )
+    torch.testing.assert_close(pruner.importance(), norms / sums.clamp(min=0.1).sqrt())
+    assert pruner.importance().isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["spp", "gradual"])
+def test_over_the_network_the_least_important_per_mac_go_until_the_flop_ratio(method: str) -> None:
+    net = network()
+    plan = make_plan(net, torch.zeros(1, 3, 6, 6), flop_ratio=2)
+    pruner = VariedPruner(net, plan, method=method, scope="network", ranking="taylor", interval=1, rounds=6)
+    importance = torch.rand(51, generator=torch.Generator().manual_seed(1))
+    pruner.update()  # the first ranking is by norms
+    while not pruner.finished:
+        assert pruner.updates < 300
+        pruner._sums[:51] = importance
+        pruner.update()
+    gone = pruner.gone.numpy()
+    macs = torch.tensor([96.0] * 27 + [36.0] * 24)  # of a column: 6 filters by 4x4, 4 filters by 3x3
+    per_mac = importance / macs
+    assert pruner.groups.flop_ratio(gone) == pytest.approx(2, abs=0.06), "one column is 0.03 at most"
+    stays = torch.from_numpy(~gone)
+    assert per_mac[~stays].max() < per_mac[stays].min()
+
+
+def test_over_the_network_every_layer_keeps_its_best_group() -> None:
+    net = network()
+    pruner = VariedPruner(
+        net, make_plan(net, torch.zeros(1, 3, 6, 6), flop_ratio=3.5), scope="network", ranking="taylor", interval=1
+    )
+    pruner.update()
+    while not pruner.finished:
+        pruner._sums[:51] = torch.cat([torch.arange(27.0) * 1e-6 + 1e-6, torch.full((24,), 100.0)])
+        pruner.update()
+    assert pruner.gone[:26].all()
+    assert not pruner.gone[26]
+
+
 @pytest.mark.parametrize("method", ["spp", "gradual", "oneshot"])
 def test_chosen_groups_go_and_no_others(method: str) -> None:
     _, pruner, _ = set_up(method=method, rounds=5)
@@ -142,6 +188,8 @@ def test_other_names_are_refused() -> None:
     for option, message in (
         ({"masked": "frozen"}, "masked='frozen' must be"),
         ({"ranking": "l2"}, "ranking='l2' must"),
+        ({"scope": "block"}, "scope='block' must"),
+        ({"scope": "network"}, "scope='network' needs a FLOP ratio"),
     ):
         with pytest.raises(ValueError, match=message):
             set_up(**option)

@@ -79,7 +79,9 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     small = compact(pruned, example)
     left = cost.summary(small, example)
     moving = experiment.method in ("spp", "gradual") and not experiment.columns_of
-    if pruner is not None and moving and experiment.seed == experiment.holdout == 0:  # one seed's is enough for pictures
+    if (
+        pruner is not None and moving and experiment.seed == experiment.holdout == 0
+    ):  # one seed's is enough for pictures
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
         trace = (torch.stack(pruner.trace) * 255).round().to(torch.uint8)  # (updates, groups) in 255ths
         every = -(-trace.numel() // TRACE)
@@ -145,8 +147,9 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=rule)
     names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale", "seed")
     options: dict[str, Any] = {name: getattr(plan, name) for name in names}
-    varied: dict[str, Any] = {name: getattr(plan, name) for name in ("masked", "ranking", "scope", "weight_decay")}
-    plain = (plan.masked, plan.ranking, plan.scope, plan.columns_of) == ("decays", "norm", "layer", "")
+    own = ("masked", "ranking", "scope", "siblings", "columns_of")
+    plain = all(getattr(plan, name) == getattr(Experiment, name) for name in own)
+    varied: dict[str, Any] = {name: getattr(plan, name) for name in (*own[:-1], "weight_decay")}
     pruner = Pruner(network, amounts, **options) if plain else VariedPruner(network, amounts, **options, **varied)
     if plan.method == "taylor":
         batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))

@@ -17,7 +17,8 @@ from sppkit.step import Training
 METHODS = ("baseline", "cp", *methods.METHODS)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
-LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "columns_of"]
+LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "siblings"]
+LATER += ["columns_of"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
 RULES = (*plan.RULES, "pca")
 
@@ -58,6 +59,7 @@ class Experiment:
     masked: str = "decays"  # what happens to masked groups, see `variants`
     ranking: str = "norm"  # of the groups, see `variants`
     scope: str = "layer"  # what is ranked together, see `variants`
+    siblings: float = 0.0  # see `variants`
     columns_of: str = ""  # a method: prune the groups that it chose with the same settings and seed, see `variants`
     retrain_steps: int = 25_000
     retrain_lr: float = 1e-3

@@ -26,12 +26,15 @@ class VariedPruner(Pruner):
     steps since the last update of |sum of gradient · weight| in a group, masked or not; norms before the first step.
     scope: "layer" is SPP's; "network": one ranking of all groups, by importance per MAC that a group costs. How many go
     is what the plan's FLOP ratio takes, counted anew at every update; each layer keeps its best group.
+    siblings: a column's importance is divided by the expected number of columns of its input channel that stay, the sum
+    of 1 - p, to this power. 0 is SPP's; above, the last columns of a channel become more important while others go.
     """
 
     _: KW_ONLY
     masked: str = "decays"
     ranking: str = "norm"
     scope: str = "layer"
+    siblings: float = 0.0
     weight_decay: float = 0.0  # the optimiser's
 
     def __post_init__(self) -> None:
@@ -43,6 +46,12 @@ class VariedPruner(Pruner):
         self.sums = {"taylor": self._sums}
         self._first = super().importance()
         self._stays: Tensor | None = None  # (G,)
+        if self.siblings:
+            if self.groups.kind != "column":
+                raise ValueError(f"siblings={self.siblings} is for columns, not {self.groups.kind}s")
+            channels = [channel for name in self.slices for channel in self.groups.columns[name]]  # (taps,) groups each
+            numbers = np.repeat(np.arange(len(channels)), [len(channel) for channel in channels])
+            self._channel = torch.from_numpy(numbers[np.argsort(np.concatenate(channels))]).to(self._p.device)  # (G,)
         if self.scope == "network":
             if self.plan.flop_ratio is None or self.groups.kind == "filter":
                 raise ValueError(f"scope='network' needs a FLOP ratio, and groups other than filters; got {self.plan}")
@@ -81,6 +90,9 @@ class VariedPruner(Pruner):
         elif self.ranking == "taylor" and bool(self._sums.any()):
             importance = self._sums[: self.groups.count].clone()
             self._sums.zero_()
+        if self.siblings:
+            kept = torch.zeros_like(importance).index_add_(0, self._channel, (1 - self.probability).to(importance))
+            importance = importance / kept[self._channel].clamp(min=0.1) ** self.siblings
         if self.scope == "network":
             importance = self._over_the_network(importance)
         return importance if self._stays is None else importance + self._stays * (1 + importance.max())
