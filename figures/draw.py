@@ -16,32 +16,31 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
-from records import caption, mean_and_spread, read, retraining_decay, summary_table
+from records import caption, departures, read, retraining_decay, summary_table
 
 from sppkit import state
 
 
-def accuracy_over_flop_ratio(runs: pd.DataFrame) -> Figure:
-    """Accuracy on the test images over the FLOP ratio: every run a dot, mean and standard deviation of each method."""
+def lost_over_flop_ratio(runs: pd.DataFrame) -> Figure:
+    """Points lost over the FLOP ratio: every run a dot, mean and standard deviation of each method."""
     sns.set_theme(style="whitegrid", context="notebook")
-    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    dense = runs.drop_duplicates("baseline_id")["acc_baseline"]
-    mean, spread = dense.mean(), dense.std()
-    axes.axhline(mean, color="0.35", lw=1.2)
-    axes.axhspan(mean - spread, mean + spread, color="0.35", alpha=0.12, lw=0)
-    place = axes.get_yaxis_transform()  # x in shares of the width, y in data
-    label = f"baseline {mean_and_spread(dense)}"
-    axes.text(0.99, mean, label, transform=place, ha="right", va="bottom", fontsize=9, color="0.25")
-    for (title, group), colour in zip(runs.groupby("title"), sns.color_palette("colorblind"), strict=False):
+    figure, axes = plt.subplots(figsize=(9.5, 4.8), layout="constrained")
+    axes.axhline(0, color="0.35", lw=1.2)
+    runs = runs[runs["settings"].map(departures) == ""]
+    at_four = runs[runs["flop_ratio_target"] == 4].groupby("title")["lost"].mean().sort_values().index
+    order = dict.fromkeys([*at_four, *runs["title"]])  # those without a run at 4 come last
+    for title, colour in zip(order, sns.color_palette("colorblind"), strict=False):
+        group = runs[runs["title"] == title].sort_values("flop_ratio_target")
         points = group.groupby("flop_ratio_target")
-        ratio, accuracy = points["flop_ratio"].mean(), points["acc_final"]
-        label = f"{title} (n={points.size().min()} a point)"
-        axes.errorbar(ratio, accuracy.mean(), accuracy.std(), marker="o", capsize=4, color=colour, label=label)
-        axes.plot([1, ratio.iloc[0]], [mean, accuracy.mean().iloc[0]], ":", color=colour, lw=1)
-        axes.scatter(group["flop_ratio"], group["acc_final"], s=14, color=colour, alpha=0.45, lw=0)
-    axes.set(xlabel="FLOP ratio (convolution MACs, dense / compact)", ylabel="test accuracy after retraining, %")
+        counts = points.size().map(str)
+        label = f"{title} (n={counts.iloc[0] if counts.nunique() == 1 else ', '.join(counts)})"
+        ratio, lost = points["flop_ratio"].mean(), points["lost"]
+        axes.errorbar(ratio, lost.mean(), lost.std(), marker="o", ms=5, capsize=4, color=colour, label=label)
+        axes.scatter(group["flop_ratio"], group["lost"], s=14, color=colour, alpha=0.45, lw=0)
+    axes.invert_yaxis()
+    axes.set(xlabel="FLOP ratio (convolution MACs, dense / compact)", ylabel="points lost against the seed's baseline")
     axes.set_title(f"{runs['network'].iloc[0]} on {runs['dataset'].iloc[0]}: mean ± standard deviation over seeds")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, title="n from left to right")
     figure.supxlabel(caption(runs), fontsize=7, color="0.4")
     return figure
 
@@ -50,7 +49,7 @@ def lost_by_method(*lists: pd.DataFrame) -> Figure:
     """Points lost at a FLOP ratio of 4 by method, a dot a seed and a bar the mean, one colour a list of records."""
     sns.set_theme(style="whitegrid", context="notebook")
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    fours = [runs[(runs["flop_ratio_target"] == 4) & ~runs["title"].str.contains("columns of")] for runs in lists]
+    fours = [runs[(runs["flop_ratio_target"] == 4) & (runs["settings"].map(departures) == "")] for runs in lists]
     places = {title: place for place, title in enumerate(fours[-1].groupby("title")["lost"].mean().sort_values().index)}
     for number, (runs, colour) in enumerate(zip(fours, sns.color_palette("colorblind"), strict=False)):
         runs, shift = runs[runs["title"].isin(places)], 0.15 * (2 * number - len(lists) + 1)
@@ -73,7 +72,8 @@ def lost_by_method(*lists: pd.DataFrame) -> Figure:
 
 # file in figures/ -> (names of the records, function that draws them)
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
-    "s1-convnet.png": (("s1-convnet",), accuracy_over_flop_ratio),
+    "s1-convnet.png": (("s1-convnet",), lost_over_flop_ratio),
+    "s1-light-decay.png": (("s1-light-decay",), lost_over_flop_ratio),
     "s1-retraining.png": (("s1-convnet", "s1-light-decay"), lost_by_method),
 }
 
@@ -121,9 +121,17 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([head, "|" + "---|" * len(table.columns), *rows])
 
 
-def table(name: str, root: Path) -> str:
-    """The table and the caption of data/runs/<name>.jsonl in Markdown, as the README shows them."""
+def table(name: str, root: Path, *, flop_ratio: float | None = None) -> str:
+    """The methods of data/runs/<name>.jsonl and the caption in Markdown, as the README shows them.
+
+    Without controlled departures, which the notebooks show. ValueError where `flop_ratio` was not a target of any run.
+    """
     runs = read(name, root)
+    runs = runs[runs["settings"].map(departures) == ""]
+    if flop_ratio is not None:
+        targets, runs = sorted(set(runs["flop_ratio_target"])), runs[runs["flop_ratio_target"] == flop_ratio]
+        if runs.empty:
+            raise ValueError(f"no run of {name!r} has flop_ratio={flop_ratio:g}; there are {targets}")
     return f"{markdown(summary_table(runs))}\n\n{caption(runs)}"
 
 
@@ -136,5 +144,6 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 def report(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """`python -m sppkit report`."""
     parser.add_argument("experiment", nargs="?", default="s1-convnet", help="name of a file in data/runs")
+    parser.add_argument("--flop-ratio", type=float, help="only the runs with this target")
     options = parser.parse_args(arguments)
-    print(table(options.experiment, options.root))
+    print(table(options.experiment, options.root, flop_ratio=options.flop_ratio))

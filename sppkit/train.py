@@ -1,7 +1,6 @@
 """One training loop for baselines, pruning and retraining.
 
-Resumed from its checkpoint on a CPU, a run ends bit for bit like one that was never stopped. On a GPU it goes on from
-the same state; kernels there are not deterministic to the last bit.
+Resumed on a CPU, a run ends bit for bit like one that was never stopped; a GPU's kernels are not that deterministic.
 """
 
 import os
@@ -21,7 +20,7 @@ from sppkit.data import ImageData
 from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep, autocast, precision_flags
 
-SAVE_EVERY = 600  # seconds between checkpoints
+SAVE_EVERY = 60  # seconds between checkpoints
 Result = TypeVar("Result")
 
 
@@ -44,12 +43,13 @@ def training(
 
     pruner: masks the weights at every step; updated every `pruner.interval` steps until it is finished.
     stop: asked after every update of the pruner; True ends the run before its last step.
-    checkpoint: file to resume from if it exists; written at the deadline and every ten minutes, removed at the end.
+    checkpoint: file to resume from if it exists; written first, every minute and at the deadline, removed at the end.
     deadline: `time.monotonic()` value after which the run saves its checkpoint and raises `OutOfTime`.
     fuse: compile the network with torch.compile: faster on a GPU, once it is compiled.
 
     A row an epoch: step (steps done), lr, loss, accuracy (%, on the training batches as they came), seconds.
-    FloatingPointError if loss or weights stop being finite; ValueError if they never were, or for another run's file.
+    FloatingPointError if loss or weights stop being finite (the checkpoint holds the last state that was); ValueError
+    if they never were, or for another run's file.
     """
     if bad := [name for name, value in network.named_parameters() if not value.isfinite().all()]:
         raise ValueError(f"the weights of {bad[0]!r} are NaN or infinite before training; go back to a checkpoint")
@@ -61,8 +61,8 @@ def training(
         run.generator.manual_seed(settings.seed)
         if checkpoint is not None and checkpoint.exists():
             first, history = run.resume(checkpoint)
-        saved, done = time.monotonic(), first
-        begin = saved - (history[-1]["seconds"] if history else 0.0)
+        saved, done = float("-inf"), first
+        begin = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
         for step in tqdm(range(first, settings.steps), initial=first, total=settings.steps, disable=quiet):
             now = time.monotonic()
             late = deadline is not None and now > deadline

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import draw
+import pandas as pd
 import pytest
 import records
 
@@ -37,7 +38,8 @@ def test_the_table_computes_every_difference(places: Path) -> None:
 
 
 def test_an_unchanged_record_leaves_its_figure_untouched(places: Path) -> None:
-    assert draw.draw_all(places) == [("s1-convnet.png", "drawn"), ("s1-retraining.png", "no records")]
+    drawn = dict(draw.draw_all(places))
+    assert drawn == dict.fromkeys(draw.FIGURES, "no records") | {"s1-convnet.png": "drawn"}
     path = places / "figures" / "s1-convnet.png"
     before = path.stat().st_mtime_ns, path.read_bytes()
     assert draw.draw_all(places)[0] == ("s1-convnet.png", "unchanged")
@@ -58,6 +60,22 @@ def test_the_same_records_give_the_same_file(places: Path) -> None:
     assert contents[0] == contents[1]
 
 
+def test_the_sweep_shows_methods_and_no_controlled_departures(places: Path) -> None:
+    runs = records.read("s1-convnet", places)
+    other = runs.assign(settings=[settings | {"ranking": "first"} for settings in runs["settings"]], lost=9.0)
+    axes = draw.lost_over_flop_ratio(pd.concat([runs, other])).axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["SPP, columns (n=2, 1)", "CP, channels (n=1)"]
+    means = [list(container.lines[0].get_ydata()) for container in axes.containers]
+    assert means == [[1.25, 3.0], [2.0]]
+
+
+def test_a_report_of_one_flop_ratio(places: Path) -> None:
+    lines = draw.table("s1-convnet", places, flop_ratio=2).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["SPP, columns", "CP, channels"]
+    with pytest.raises(ValueError, match=r"no run of 's1-convnet' has flop_ratio=3; there are \[2, 4\]"):
+        draw.table("s1-convnet", places, flop_ratio=3)
+
+
 def test_the_retraining_figure_shows_each_method_of_both_lists(places: Path) -> None:
     lists = [records.read("s1-convnet", places)] * 2
     lists[0] = lists[0].assign(settings=[{"weight_decay": 0.5}] * len(lists[0]))
@@ -69,7 +87,7 @@ def test_the_retraining_figure_shows_each_method_of_both_lists(places: Path) -> 
 
 
 def test_no_records_no_figure(tmp_path: Path) -> None:
-    assert draw.draw_all(tmp_path) == [("s1-convnet.png", "no records"), ("s1-retraining.png", "no records")]
+    assert draw.draw_all(tmp_path) == [(file, "no records") for file in draw.FIGURES]
     assert not (tmp_path / "figures").exists()
     with pytest.raises(ValueError, match="no records of 'nothing' in"):
         draw.table("nothing", tmp_path)
@@ -83,10 +101,11 @@ def test_every_committed_figure_is_drawn_from_the_committed_records() -> None:
 
 def test_the_readme_shows_what_report_prints() -> None:
     text = (ROOT / "README.md").read_text()
-    shown = re.findall(r"<!-- report (\S+) -->\n(.*?)\n<!-- end of report -->", text, re.DOTALL)
-    assert shown
-    for name, table in shown:
-        assert table.strip() == draw.table(name, ROOT), f"paste `sppkit report {name}`"
+    shown = re.findall(r"<!-- report (\S+) --flop-ratio (\S+) -->\n(.*?)\n<!-- end of report -->", text, re.DOTALL)
+    assert len(shown) == text.count("<!-- report") > 0
+    for name, ratio, table in shown:
+        wanted = draw.table(name, ROOT, flop_ratio=float(ratio))
+        assert table.strip() == wanted, f"paste `sppkit report {name} --flop-ratio {ratio}`"
 
 
 def test_one_baseline_serves_each_seed_of_the_committed_runs() -> None:

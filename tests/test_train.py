@@ -361,6 +361,12 @@ def test_a_diverged_run_says_so_and_keeps_the_checkpoint_it_had(images: ImageDat
         fit(make("dropout"), images, settings, checkpoint=path, deadline=6.5)
     assert path.read_bytes() == good
     assert list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    with pytest.raises(FloatingPointError, match="by step 12"):  # before the first minute is over
+        fit(make("dropout"), images, settings, checkpoint=path)
+    tensors, description = state.load(path, kind="training")
+    assert description["step"] == 0
+    assert torch.equal(tensors["network/0.weight"], make("dropout")[0].weight)
 
 
 @pytest.mark.parametrize("part", ["weights", "statistics", "momentum", "loss"])
@@ -375,15 +381,15 @@ def test_nothing_that_is_not_finite_is_saved(images: ImageData, tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_is_written_every_ten_minutes(
+def test_a_checkpoint_is_written_first_and_every_minute(
     images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ticks = itertools.count(step=250)
+    ticks = itertools.count(step=25)
     monkeypatch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
     saved: list[int] = []
     monkeypatch.setattr(TrainingStep, "save", lambda self, path, step, history: saved.append(step))
-    fit(make("dropout"), images, replace(SETTINGS, steps=6), checkpoint=tmp_path / "run")
-    assert saved == [2, 5]
+    fit(make("dropout"), images, replace(SETTINGS, steps=8), checkpoint=tmp_path / "run")
+    assert saved == [0, 3, 6]
 
 
 @pytest.fixture
