@@ -76,7 +76,7 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
             "method": method,
             "FLOP ratio": f"{target:g} → {group['flop_ratio'].mean():.2f}",
             "whole network": f"{group['flop_ratio_whole'].mean():.2f}",
-            "baseline %": mean_and_spread(group["acc_baseline"]),
+            "baseline %": mean_and_spread(group.drop_duplicates("baseline_id")["acc_baseline"]),
             "pruned %": mean_and_spread(group["acc_pruned"]),
             "retrained %": mean_and_spread(group["acc_final"]),
             "lost, points": mean_and_spread(group["lost"]),
