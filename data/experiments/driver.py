@@ -83,9 +83,7 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
         pruner is not None and moving and experiment.seed == experiment.holdout == 0
     ):  # one seed's is enough for pictures
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
-        trace = (torch.stack(pruner.trace) * 255).round().to(torch.uint8)  # (updates, groups) in 255ths
-        every = -(-trace.numel() // TRACE)
-        trace = trace[(len(trace) - 1) % every :: every]  # the last is in it
+        trace, every = thinned((torch.stack(pruner.trace) * 255).round().to(torch.uint8))  # in 255ths
         about = {"kind": "trace", "layers": layers, "interval": every * pruner.interval}
         state.save(places.runs / "traces" / f"{experiment.run_id}.safetensors", {"probability": trace}, about)
     results = {
@@ -155,6 +153,16 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
         batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))
         pruner.score = lambda: taylor_scores(network, pruner.groups, batches)
     return pruner
+
+
+def thinned(trace: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Every k-th row of (updates, groups), the last among them, so that TRACE bytes are enough; and k.
+
+    >>> thinned(torch.zeros(10, TRACE // 3, dtype=torch.uint8))[0].shape
+    torch.Size([3, 333333])
+    """
+    every = -(-trace.numel() // TRACE)
+    return trace[(len(trace) - 1) % every :: every], every
 
 
 def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: Places, limits: Limits) -> Pruned:
