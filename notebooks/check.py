@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -26,11 +27,22 @@ def check(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
         print(f"{'OK  ' if good else 'FAIL'}  {wanted.name:14} {found:16} wanted {wanted.specifier}")
     print(f"\ndevice: {data.device_name(data.resolve_device('auto'))}")
     folder = options.data or options.root / "data"
-    for name, answer in data.available(folder).items():
-        print(f"data:   {name:12} {'found' if answer is True else f'not in {folder}'}")
+    for name, problem in problems(folder).items():
+        print(f"data:   {name:12} {f'not in {folder}' if problem else 'found'}")
     if failed:
         print(f"\n{failed} failed; `pip install -e '.[notebooks]'` installs what is missing")
     return int(failed > 0)
+
+
+def problems(folder: Path) -> dict[str, str]:
+    """For each named data set what is wrong with it in `folder`, "" if nothing is."""
+    found = {"digits": ""}  # comes with scikit-learn
+    for name in data.FOLDERS:
+        try:
+            found[name] = "" if data.find(name, folder).is_dir() else "no folder"
+        except (OSError, ValueError) as error:
+            found[name] = str(error)
+    return found
 
 
 def describe(parser: argparse.ArgumentParser, arguments: list[str]) -> None:

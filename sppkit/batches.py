@@ -75,11 +75,12 @@ class Batches:
         self.flips.copy_(torch.randint(1 + self.flip, self.flips.shape, generator=generator))
         self.select(0)
 
-    def select(self, step: int) -> None:
-        """Make `batch` give the batch `step` of the epoch, 0 <= step < steps_per_epoch."""
+    def select(self, step: int) -> "Batches":
+        """Make `batch` give the batch `step` of the epoch, 0 <= step < steps_per_epoch; returns self."""
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step={step} must lie in 0..{self.steps_per_epoch - 1}; then start an epoch")
         self.index.copy_(self.order[step * self.batch_size : (step + 1) * self.batch_size])
+        return self
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """x (B, 3, H, W) float32, normalised, and y (B,) of the selected samples, on the device."""

@@ -33,20 +33,21 @@ class ColumnConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, kept: Tensor) -> None:
         super().__init__()
-        assert not isinstance(conv.padding, str)
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv._reversed_padding_repeated_twice
+        self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept])  # (O, K)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.register_buffer("index", kept.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        columns = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # (B, C*kh*kw, Ho*Wo)
+        x = F.pad(x, self.padding, self.padding_mode)
+        columns = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride)  # (B, C*kh*kw, Ho*Wo)
         y = self.weight @ columns[:, self.index]  # (B, O, Ho*Wo)
         if self.bias is not None:
             y = y + self.bias[:, None]
         reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        height = (x.shape[2] + 2 * self.padding[0] - reach) // self.stride[0] + 1
+        height = (x.shape[2] - reach) // self.stride[0] + 1
         return y.unflatten(2, (height, -1))  # (B, O, Ho, Wo)
 
     def extra_repr(self) -> str:
@@ -78,7 +79,7 @@ def flows(network: nn.Module) -> dict[str, Flow]:
     for node in graph.nodes:
         if node.op == "call_module" and node.target in convs:
             if node.target in found:
-                raise ValueError(f"layer {node.target!r} is called twice; a shared convolution cannot be pruned")
+                raise ValueError(f"layer {node.target!r} is called twice; give each place a convolution of its own")
             found[node.target] = flow = Flow(mixed=convs[node.target].groups > 1)
             _follow(network, node, flow)
     norms = Counter(name for flow in found.values() for name in flow.norms)
@@ -134,8 +135,7 @@ def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: flo
             _remove_channels(small, producer, flow)
     for name, conv in convolutions(small).items():
         used = conv.weight.ne(0).any(0).flatten()  # (C*kh*kw,)
-        by_number = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)  # as `ColumnConv2d` pads
-        if by_number and conv.groups == 1 and not used.all():
+        if conv.groups == 1 and not used.all():
             small.set_submodule(name, ColumnConv2d(conv, used.nonzero().flatten()))
     if example is not None and not (error := largest_difference(network, small, example)) <= tolerance:
         raise RuntimeError(f"compact and masked outputs differ by {error:.1e} of the largest, more than {tolerance}")

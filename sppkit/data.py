@@ -86,7 +86,7 @@ def load(
     target, root = resolve_device(device), Path(root).expanduser().absolute()
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1 pixel, or None for the data set's own")
-    if download and available(root).get(str(name), True) is not True:
+    if download and str(name) in DOWNLOADS:  # what is there and whole is left as it is
         try:
             DOWNLOADS[str(name)](root, download=True)
         except Exception as error:  # torchvision lets through what the network, the archive and the disk raise
@@ -100,29 +100,18 @@ def load(
         train, test = _split(_resize(gray, size or 32), torch.from_numpy(digits.target))
         classes = tuple("0123456789")
     elif name == "cifar10":
-        _find("cifar10", root)  # before a file is unpickled
+        find("cifar10", root)  # before a file is unpickled
         sets = CIFAR10(root, train=True), CIFAR10(root, train=False)
         train, test = (Split(_resize(torch.from_numpy(s.data), size or 32), torch.tensor(s.targets)) for s in sets)
         classes = tuple(sets[0].classes)
     else:
-        folder = _find("imagenette", root) if name == "imagenette" else Path(name).expanduser()
+        folder = find("imagenette", root) if name == "imagenette" else Path(name).expanduser()
         train, test, classes = _folder(folder, size or 128)
     train, test = (Split(s.images.to(target), s.labels.to(target)) for s in (train, test))
     return ImageData(Path(name).name, train, test, classes)
 
 
-def available(root: PathLike = "data") -> dict[str, bool | str]:
-    """For each named data set, True if `load` finds it under `root`, else what is wrong."""
-    found: dict[str, bool | str] = {"digits": True}
-    for name in FOLDERS:
-        try:
-            found[name] = _find(name, Path(root).expanduser().absolute()).is_dir()
-        except (OSError, ValueError) as error:
-            found[name] = str(error)
-    return found
-
-
-def _find(name: str, root: Path) -> Path:
+def find(name: str, root: Path) -> Path:
     """The folder of "imagenette", or of "cifar10" with the md5 of each file checked."""
     folder = next((root / f for f in FOLDERS[name] if (root / f).is_dir()), None)
     if folder is None:

@@ -44,12 +44,17 @@ class Groups:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
         self.kind, convs = kind, convolutions(network)
         if not convs:
-            raise ValueError(f"{type(network).__name__} has no convolutions, so there is nothing to prune")
+            raise ValueError(
+                f"{type(network).__name__} has no convolutions to prune (nn.Conv2d); give the network itself"
+            )
         self.flows = flows(network)
         for name in layers if layers is not None else ():
             if name not in self.flows:
                 known = f"only convolutions are pruned, of this network {', '.join(convs)}"
                 raise ValueError(f"layer {name!r} is not a convolution; {known}")
+        owner = {id(conv.weight): name for name, conv in reversed(convs.items())}
+        if tied := [name for name, conv in convs.items() if owner[id(conv.weight)] != name]:
+            raise ValueError(f"layer {tied[0]!r} has the weight of another; give each convolution a weight of its own")
         table = conv_table(network, example).set_index("layer")
         self.macs = {name: int(table["macs"][name]) for name in self.flows}  # of the dense network
         self.layers = {name: convs[name] for name in self.flows if layers is None or name in layers}
@@ -112,7 +117,7 @@ class Groups:
         """MACs of each convolution of the compact network without the groups `gone` (G,), bool.
 
         A filter that no later column reads any more goes as well, as in `compact.compact`; without `by_products` only
-        where filters are the groups.
+        where filters or channels are the groups.
         """
         gone, left = np.append(gone, False), dict[str, int]()
         alive = {name: ~gone[ids] for name, ids in self.columns.items()}  # (C, taps)
@@ -120,7 +125,7 @@ class Groups:
             columns = alive[name].mean() if name in alive else 1.0  # the share that is left
             read = [alive[reader].any(1) for reader in flow.consumers if reader in alive]
             known = read and len(read) == len(flow.consumers) and not flow.mixed
-            known = known and (by_products or self.kind == "filter")
+            known = known and (by_products or self.kind in ("channel", "filter"))
             rows = max(np.any(read, 0).mean(), 1 / len(read[0])) if known else 1.0
             left[name] = round(self.macs[name] * float(rows * columns))
         return left

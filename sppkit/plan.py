@@ -57,12 +57,11 @@ def make_plan(
     *,
     flop_ratio: float | None = None,
     ratio: float | Mapping[str, float] | None = None,
-    targets: Mapping[str, int] | None = None,
     kind: str = "column",
     layers: list[str] | None = None,
     rule: str | Mapping[str, float] = "uniform",
 ) -> Plan:
-    """A plan for one of: a FLOP ratio of the network, a pruning ratio R (one, or by layer), numbers of groups by layer.
+    """A plan for a FLOP ratio of the network or a pruning ratio R, one for all layers or by layer.
 
     `ratio` prunes exactly ceil(R·N) of a layer's N groups. `flop_ratio` is solved for, as near as one group allows,
     under a `rule` for the kept fractions: "uniform"; "tiers", 1 : 1.5 : 2 for low, middle and high layers (the
@@ -75,15 +74,9 @@ def make_plan(
     >>> plan.targets, round(plan.reached, 3)
     ({'conv1': 57, 'conv2': 598, 'conv3': 598}, 4.0)
     """
-    if sum(given is not None for given in (flop_ratio, ratio, targets)) != 1:
-        raise ValueError(f"give one of flop_ratio={flop_ratio}, ratio={ratio} and targets={targets}")
-    named = next((list(given) for given in (ratio, targets) if isinstance(given, Mapping)), layers)
-    groups = Groups(network, example, kind=kind, layers=named)
-    if targets is not None:
-        for name, target in targets.items():
-            if not 0 < target < groups.sizes[name]:
-                raise ValueError(f"target={target} of layer {name!r} must lie in 1 to {groups.sizes[name] - 1}")
-        return Plan(groups, {name: int(targets[name]) for name in groups.layers})
+    if (flop_ratio is None) == (ratio is None):
+        raise ValueError(f"give one of flop_ratio={flop_ratio} and ratio={ratio}")
+    groups = Groups(network, example, kind=kind, layers=[*ratio] if isinstance(ratio, Mapping) else layers)
     if ratio is not None:
         ratios = ratio if isinstance(ratio, Mapping) else dict.fromkeys(groups.layers, ratio)
         return Plan(groups, {name: spp.target_count(ratios[name], n) for name, n in groups.sizes.items()})
@@ -98,10 +91,12 @@ def make_plan(
         return {name: gone[name] for name in groups.layers}
 
     if (most := _ratio(groups, first(len(order)))) < flop_ratio * (1 - 1e-12):
-        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one group left in each layer gives {most:.2f}")
+        raise ValueError(
+            f"flop_ratio={flop_ratio} is out of reach: one group left in each layer gives {most:.2f}; stay below"
+        )
     # the ratio rises with every group: bisection, then the nearer neighbour
     enough = bisect_left(range(len(order)), flop_ratio, key=lambda count: _ratio(groups, first(count)))
-    nearest = min((enough - 1, enough), key=lambda count: abs(_ratio(groups, first(count)) - flop_ratio))
+    nearest = min((max(enough - 1, 1), enough), key=lambda count: abs(_ratio(groups, first(count)) - flop_ratio))
     return Plan(groups, first(nearest), flop_ratio)
 
 
@@ -118,10 +113,10 @@ def _shares(groups: Groups, rule: str | Mapping[str, float]) -> dict[str, float]
 
 
 def _gone(groups: Groups, targets: Mapping[str, int]) -> np.ndarray:
-    """As many groups of each layer as its target says, (G,): the first ones, since by-products are not counted."""
+    """As many groups of each layer as its target says, (G,): the last, of which an uneven block is one."""
     gone = np.zeros(groups.count, dtype=bool)
     for name, count in targets.items():
-        gone[groups.slices[name]][:count] = True
+        gone[groups.slices[name]][groups.sizes[name] - count :] = True
     return gone
 
 

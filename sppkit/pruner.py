@@ -10,11 +10,13 @@ optimiser the weights (after an exception, `restore`). Masks are drawn for many 
         loss(network(x), y).backward()
         pruner.after(optimizer)                           # unmask; masked groups get no gradient and lose momentum
         optimizer.step()                                  # weight decay still acts on every weight
-    small = compact(network, example)                     # once pruner.finished
+    update_bn(loader, network)                            # once pruner.finished: BatchNorm has seen masked weights only
+    small = compact(network, example)                     # (torch.optim.swa_utils); train on as long as you like
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
@@ -71,7 +73,7 @@ class Pruner:
     A: float = 0.05  # SPP eq. (3), like u
     u: float = 0.25
     form: str = "adaptive"  # or "literal", see `spp`
-    gradient: str = "exact"  # of the layers' inputs; "unmasked": through the unmasked weights, as in the authors' code
+    gradient: str = "exact"  # of the layers' inputs; "unmasked": as in the authors' code, see `restore`
     rescale: bool = False  # survivors times 1 - p when their layer is finished, as the authors' code of 2017 does
     seed: int = 0  # of the masks' own generator
     score: Callable[[], Tensor] | None = None  # importance (G,) where it is not the L1 norm of a group
@@ -85,6 +87,8 @@ class Pruner:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         self.groups, self.slices = self.plan.groups, self.plan.groups.slices  # slices: of the flat group axis
         self.ranked, self.targets = self.slices, dict(self.plan.targets)  # groups ranked together, how many of them go
+        if self.method == "taylor" and self.score is None:
+            raise ValueError("method='taylor' needs score=..., such as one that calls methods.taylor_scores")
         for name, module in self.groups.modules.items():
             if self.network.get_submodule(name) is not module:
                 raise ValueError(f"the plan is of another network: make_plan(network, ...) for the one with {name!r}")
@@ -130,8 +134,9 @@ class Pruner:
         if "momentum" not in optimizer.defaults:
             kind = type(optimizer).__name__
             raise ValueError(f"{kind} has no momentum to clear: use torch.optim.SGD, or after() without the optimizer")
+        trained = {weight for group in optimizer.param_groups for weight in group["params"]}
         for weight, view in zip(self._parameters, self._views(self._momentum), strict=True):
-            state = optimizer.state[weight]
+            state = optimizer.state[weight] if weight in trained else {"momentum_buffer": view}  # frozen: none
             if (buffer := state.get("momentum_buffer")) is None or buffer.data_ptr() != view.data_ptr():
                 view.zero_() if buffer is None else view.copy_(buffer)
                 state["momentum_buffer"] = view
@@ -176,7 +181,7 @@ class Pruner:
         self._show(self._views_of_masked)
 
     def restore(self) -> None:
-        """Show the weights themselves again, before the backward pass for `gradient="unmasked"`."""
+        """Show the weights themselves: `gradient="unmasked"` needs it before the backward pass of one's own loop."""
         self._show(self._views_of_weight)
 
     def _show(self, views: list[Tensor]) -> None:
@@ -195,18 +200,21 @@ class Pruner:
         """L1 norm of each group's own weights as they are now, unmasked, (G,); or what `score` gives."""
         if self.score is not None:
             return self.score()
-        sums = self._p.new_zeros(self._p.shape, dtype=self._weight.dtype)
-        return sums.index_add_(0, self._own, self._weight.abs())[: self.groups.count]
+        weight = self._weight.to(torch.promote_types(self._weight.dtype, torch.float32))  # bf16 is too coarse for sums
+        return weight.new_zeros(self._p.shape).index_add_(0, self._own, weight.abs())[: self.groups.count]
 
     def update(self) -> None:
         """Move the probabilities by the method, ranked by the weights as they are now; see `methods`."""
         importance = self.importance()
         if not bool(importance.isfinite().all()):
             bad = next(n for n, part in self.slices.items() if not importance[part].isfinite().all())
-            where = f"layer {bad!r}, step {self.updates * self.interval}"
+            where = f"layer {bad!r}, noticed at step {self.updates * self.interval}"
             raise FloatingPointError(f"{where}: weights are NaN or infinite; lower lr or go back to a checkpoint")
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(importance, 0)  # one ranking for all, whatever rounding does elsewhere
+            random = self.generator.get_state().to(importance.device)
+            for tensor in (importance, random):  # one ranking and the same masks, whatever rounding and seeds do
+                dist.broadcast(tensor, 0)
+            self.generator.set_state(random.cpu())
         self.trace.append(methods.METHODS[self.method](self, importance).to("cpu", copy=True))
         self._row = len(self._draws)
 
@@ -279,14 +287,16 @@ class Pruner:
         trace = torch.stack(self.trace) if self.trace else torch.zeros(0, self.groups.count)
         counts = torch.tensor([int(self.finished), self._steps, self._row])
         random = self._before if self._row < len(self._draws) else self.generator.get_state()
-        own = {"probability": self.probability, "gone": self.gone, "trace": trace}
-        return own | {"counts": counts, "generator": random}
+        digest = bytearray(hashlib.sha256(repr(self.settings).encode()).digest())
+        own = {"probability": self.probability, "gone": self.gone, "trace": trace, "counts": counts}
+        return own | {"generator": random, "settings": torch.frombuffer(digest, dtype=torch.uint8)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up a `state()` of a pruner of the same network and plan; ValueError for one of another network."""
-        found, expected = len(state["probability"]), self.groups.count
-        if found != expected:
-            raise ValueError(f"the saved pruning state has {found} groups, this network {expected}")
+        """Take up a `state()` of a pruner of the same network, plan and settings; ValueError for another."""
+        own, found = self.state()["settings"], state.get("settings")
+        if found is None or not torch.equal(own, found.cpu()):
+            groups = f"{len(state.get('probability', ()))} groups, this pruner {self.groups.count}"
+            raise ValueError(f"the saved pruning state is of another plan or method ({groups}); use the one it is of")
         self.restore()
         self.probability.copy_(state["probability"])
         self.gone.copy_(state["gone"])

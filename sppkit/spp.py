@@ -67,7 +67,8 @@ def advance(
     gone = p == 1
     missing = (target - gone.sum(1))[:, None]  # (L, 1), to prune yet
     remaining = missing if form == "adaptive" else (target - importance.isinf().sum(1))[:, None]
-    score = importance.masked_fill(gone, torch.inf) if form == "adaptive" else importance
+    last = importance.isinf() if form == "literal" else gone  # literally, groups that are gone rank first: they are 0
+    score = importance.masked_fill(gone, -torch.inf).masked_fill(last, torch.inf)
     rank = score.argsort(dim=1, stable=True).argsort(dim=1).double()  # (L, N), 0 the least important
     moved = (p.double() + increment(rank, remaining.clamp(min=1), A=A, u=u)).clamp(0, 1)  # SPP eq. (4)
     return torch.where(gone | (missing <= 0), p, moved.to(p.dtype))

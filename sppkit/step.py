@@ -155,8 +155,12 @@ class TrainingStep:
         self.totals.zero_()
         if not math.isfinite(loss):
             way_out = f"lower lr={self.settings.lr} or go back to a checkpoint"
-            raise FloatingPointError(f"the loss became {loss} by step {done}; {way_out}")
+            raise FloatingPointError(f"the loss became {loss} by step {done}{self._lost()}; {way_out}")
         return {"step": done, "lr": self.rate, "loss": loss, "accuracy": 100 * correct}
+
+    def _lost(self) -> str:
+        names = [name for name, tensor in self._tensors().items() if not tensor.isfinite().all()]
+        return f" ({names[0]!r} and {len(names) - 1} more hold NaN or infinite values)" if names else ""
 
     def _tensors(self) -> dict[str, Tensor]:
         own = {f"network/{name}": value for name, value in self.network.state_dict().items()} | {"totals": self.totals}
@@ -174,7 +178,7 @@ class TrainingStep:
         tensors = self._tensors() | {"generator": self.generator.get_state()}
         tensors |= {f"pruner/{name}": value for name, value in (self.pruner.state() if self.pruner else {}).items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise FloatingPointError(f"weights or loss are no longer finite at step {step}; {path} was left as it was")
+            raise FloatingPointError(f"not finite any more at step {step}{self._lost()}; {path} was left as it was")
         description = {"kind": "training", "step": step, "settings": self._description(), "history": history}
         state.save(path, tensors, description)
 

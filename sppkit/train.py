@@ -5,13 +5,13 @@ Resumed on a CPU, a run ends bit for bit like one that was never stopped; a GPU'
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -105,18 +105,12 @@ def fit(network: nn.Module, data: ImageData, settings: Training, **options: Any)
 
 
 def renew_statistics(network: nn.Module, data: ImageData, settings: Training, *, batches: int = 100) -> None:
-    """Take every BatchNorm's mean and variance anew, as averages over training batches without masks."""
+    """Take every BatchNorm's mean and variance anew, as averages over (at most an epoch of) training batches."""
     source, device = settings.batches(data.train), data.train.images.device
-
-    def inputs() -> Iterator[Tensor]:
-        for number in range(batches):
-            if number % source.steps_per_epoch == 0:
-                source.start_epoch(number // source.steps_per_epoch)
-            source.select(number % source.steps_per_epoch)
-            yield source.batch()[0]
-
+    steps = range(min(batches, source.steps_per_epoch))
+    inputs = (source.select(step).batch()[0] for step in steps)  # (B, 3, H, W) each
     with precision_flags(device, settings), autocast(device, settings):
-        update_bn(inputs(), network)
+        update_bn(inputs, network)
 
 
 def evaluate(network: nn.Module, data: ImageData, settings: Training) -> float:

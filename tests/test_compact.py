@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sppkit import compact as module
 from sppkit.compact import ColumnConv2d, channel_links, compact, largest_difference
-from sppkit.networks import convolutions, create
+from sppkit.networks import NETWORKS, convolutions, create
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -75,7 +75,9 @@ def out(network: nn.Module, x: Tensor) -> Tensor:
 
 
 LINKS = {"convnet": 2, "resnet20": 9, "resnet20-projection": 9, "vgg16-bn": 12, "vgg16": 12}
-LINKS |= {"torchvision/alexnet": 4, "torchvision/resnet50": 32}
+LINKS |= {"torchvision/alexnet": 4, "torchvision/resnet50": 32, "torchvision/vgg16": 12}
+LINKS |= {"resnet56": 27, "resnet56-projection": 27}
+assert LINKS.keys() == NETWORKS.keys()
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,11 @@ LINKS |= {"torchvision/alexnet": 4, "torchvision/resnet50": 32}
         ("resnet20-projection", 32),
         ("vgg16-bn", 32),
         ("vgg16", 32),
+        ("resnet56", 32),
+        ("resnet56-projection", 32),
         ("torchvision/alexnet", 64),
         ("torchvision/resnet50", 64),
+        ("torchvision/vgg16", 32),
     ],
 )
 def test_compact_computes_what_the_masked_network_computes(name: str, size: int) -> None:
@@ -269,7 +274,7 @@ def test_links_of_the_networks_read_by_eye() -> None:
 
 def test_a_shared_convolution_is_refused() -> None:
     conv = nn.Conv2d(3, 3, 3)
-    with pytest.raises(ValueError, match="layer '0' is called twice; a shared convolution cannot be pruned"):
+    with pytest.raises(ValueError, match="layer '0' is called twice; give each place a convolution of its own"):
         compact(nn.Sequential(conv, nn.ReLU(), conv))
 
 
@@ -288,16 +293,19 @@ def test_a_network_that_cannot_be_traced_is_refused() -> None:
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(3, 4, 3, padding="same"),
         nn.Conv2d(3, 4, 3, padding="valid"),
+        nn.Conv2d(3, 4, (1, 5), padding="same", dilation=(1, 2)),
+        nn.Conv2d(3, 4, 3, padding=(2, 1), stride=2, padding_mode="circular"),
     ],
-    ids=["reflect", "same", "valid"],
+    ids=["reflect", "same", "valid", "uneven", "circular"],
 )
-def test_paddings_that_are_not_zeros_by_number_stay_right(conv: nn.Conv2d) -> None:
+def test_any_padding_is_that_of_the_convolution(conv: nn.Conv2d) -> None:
     network = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     conv.weight.data[:, :, 0, 1] = 0
     network[2].weight.data[:, 1] = 0
     small = compact(network)
     torch.testing.assert_close(out(small, images(7)), out(network, images(7)))
     assert small[0].out_channels == 3
+    assert isinstance(small[0], ColumnConv2d)
 
 
 def test_a_wrong_compaction_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
+import check
 import numpy as np
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_cifar10_is_read_in_the_order_of_its_files(tmp_path: Path, monkeypatch: 
     assert loaded.train.images[2::2, 0, 0].tolist() == [[i] * 3 for i in (1, 2, 3, 4)]
     assert loaded.train.images[3, 5, 7].tolist() == [250, 1, 1]
     assert data.load("cifar10", root=tmp_path, size=16).train.images.shape == (10, 16, 16, 3)
-    assert data.available(tmp_path)["cifar10"] is True
+    assert not check.problems(tmp_path)["cifar10"]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +130,9 @@ def test_a_missing_data_set_names_the_folder_its_contents_and_three_ways_out(
         '"digits"',
     ):
         assert part in message
-    found = data.available(tmp_path)
+    found = check.problems(tmp_path)
     assert found.keys() == {"digits", "cifar10", "imagenette"}
-    assert found["digits"] is True
+    assert not found["digits"]
     assert found[name] == message
 
 
@@ -139,7 +140,7 @@ def test_a_missing_cifar10_file_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     (fake_cifar10(tmp_path, monkeypatch) / "data_batch_4").unlink()
     with pytest.raises(ValueError, match=r"data_batch_4' is missing or damaged: 0 bytes.*download=True"):
         data.load("cifar10", root=tmp_path)
-    assert "data_batch_4" in str(data.available(tmp_path)["cifar10"])
+    assert "data_batch_4" in check.problems(tmp_path)["cifar10"]
 
 
 @pytest.mark.parametrize("file", CIFAR10_FILES)
@@ -222,7 +223,7 @@ def test_imagenette_is_found_in_any_of_its_sizes(tmp_path: Path) -> None:
     assert (loaded.name, len(loaded.train.images[0])) == ("imagenette", 128)
     assert loaded.classes == ("class0", "class1")
     assert (loaded.train.labels.tolist(), loaded.test.labels.tolist()) == ([0, 0, 1], [0, 1, 1])
-    assert data.available(tmp_path)["imagenette"] is True
+    assert not check.problems(tmp_path)["imagenette"]
     (tmp_path / "imagenette2-320").mkdir()  # comes before imagenette-128
     with pytest.raises(ValueError, match=r"imagenette2-320' holds 0 class folders"):
         data.load("imagenette", root=tmp_path)

@@ -12,7 +12,7 @@ from sppkit import networks
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
 from sppkit.groups import KINDS, Groups
-from sppkit.plan import make_plan
+from sppkit.plan import Plan, make_plan
 from sppkit.pruner import Pruner
 
 
@@ -98,7 +98,7 @@ def test_a_block_is_neighbouring_channels_of_one_tap() -> None:
 
 def test_a_pruned_filter_takes_what_reads_it() -> None:
     net, x = network("odd")
-    pruner = Pruner(net, make_plan(net, x, targets={"last": 6}, kind="filter"))
+    pruner = Pruner(net, Plan(Groups(net, x, kind="filter", layers=["last"]), {"last": 6}))
     pruner.remove(np.arange(12) < 6, last=True)
     assert not net.last.weight[:6].any()
     assert not net.linear.weight[:, : 6 * 4].any()
@@ -141,3 +141,12 @@ def test_a_depthwise_layer_is_left_alone_or_refused_by_name() -> None:
     assert [*Groups(net, torch.zeros(1, 3, 4, 4)).layers] == ["0", "2"]
     with pytest.raises(ValueError, match="layer '1' has groups=6, whose columns cannot be removed"):
         Groups(net, torch.zeros(1, 3, 4, 4), layers=["1"])
+
+
+def test_a_weight_in_two_layers_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    network[2].weight = network[0].weight
+    with pytest.raises(
+        ValueError, match="layer '2' has the weight of another; give each convolution a weight of its own"
+    ):
+        Groups(network, torch.zeros(1, 4, 9, 9))

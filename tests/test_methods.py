@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from sppkit import methods, spp
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
-from sppkit.plan import make_plan
+from sppkit.groups import Groups
+from sppkit.plan import Plan, make_plan
 from sppkit.pruner import Pruner
 
 GOALS = {"0": 20, "2": 60}
@@ -39,10 +40,11 @@ def batch(step: int, size: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def prune(network: nn.Module, **options: Any) -> Pruner:
-    plan = {key: options.pop(key) for key in ("flop_ratio", "ratio", "targets", "kind") if key in options}
-    if not plan.keys() & {"flop_ratio", "ratio", "targets"}:
-        plan["targets"] = GOALS
-    return Pruner(network, make_plan(network, batch(0)[0], **plan), **options)
+    plan = {key: options.pop(key) for key in ("flop_ratio", "ratio", "kind") if key in options}
+    if plan.keys() & {"flop_ratio", "ratio"}:
+        return Pruner(network, make_plan(network, batch(0)[0], **plan), **options)
+    targets = options.pop("targets", GOALS)
+    return Pruner(network, Plan(Groups(network, batch(0)[0], layers=[*targets], **plan), targets), **options)
 
 
 def train(network: nn.Module, pruner: Pruner, steps: int, **options: float) -> None:
@@ -61,9 +63,9 @@ def train(network: nn.Module, pruner: Pruner, steps: int, **options: float) -> N
 def test_every_method_ends_at_the_flop_ratio(method: str) -> None:
     kind = "filter" if method == "taylor" else "column"
     network = chain()
-    pruner = prune(network, method=method, flop_ratio=2.5, kind=kind, interval=1, rounds=12, A=0.3)
-    if method == "taylor":
-        pruner.score = lambda: methods.taylor_scores(network, pruner.groups, [batch(0)])
+    score = lambda: methods.taylor_scores(network, pruner.groups, [batch(0)])  # noqa: E731
+    how: dict[str, Any] = {"interval": 1, "rounds": 12, "A": 0.3, "score": score if method == "taylor" else None}
+    pruner = prune(network, method=method, flop_ratio=2.5, kind=kind, **how)
     train(network, pruner, 60)
     assert pruner.finished
     assert set(pruner.probability.tolist()) == {0.0, 1.0}
@@ -167,8 +169,8 @@ def test_taylor_scores_are_gradient_times_feature_map() -> None:
 
 def test_a_layer_keeps_one_filter_whatever_the_scores() -> None:
     network = chain()
-    pruner = prune(network, method="taylor", kind="filter", flop_ratio=20, rounds=1)
-    pruner.score = lambda: torch.cat([torch.zeros(12), torch.ones(10)])  # all of the first layer score lowest
+    score = lambda: torch.cat([torch.zeros(12), torch.ones(10)])  # noqa: E731  all of the first layer score lowest
+    pruner = prune(network, method="taylor", kind="filter", flop_ratio=20, rounds=1, score=score)
     pruner.update()
     assert int(pruner.gone[pruner.slices["0"]].sum()) == 11
 
@@ -181,6 +183,25 @@ def test_the_literal_form_ranks_all_groups_and_keeps_the_whole_target() -> None:
     assert found.tolist() == pytest.approx(expected)
     adaptive = spp.update(p, importance, 10)
     assert adaptive.tolist() == pytest.approx([1.0] * 5 + [max(float(spp.increment(r, 5)), 0.0) for r in range(15)])
+
+
+def test_the_literal_form_is_exact_whatever_ranks_the_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.zeros(40, dtype=torch.float64)
+    for _ in range(3000):
+        p = spp.update(p, torch.arange(40) + 4 * torch.rand(40, generator=generator), 20, form="literal", A=0.5)
+    assert int((p == 1).sum()) == 20
+    score = lambda: torch.arange(27) + 4 * torch.rand(27, generator=generator)  # noqa: E731
+    pruner = prune(chain(), form="literal", A=0.5, score=score, targets={"0": 15})
+    while not pruner.finished:
+        assert pruner.updates < 5000
+        pruner.update()
+    assert int(pruner.gone.sum()) == 15
+
+
+def test_taylor_needs_a_score() -> None:
+    with pytest.raises(ValueError, match="method='taylor' needs score"):
+        prune(chain(), method="taylor", kind="filter", flop_ratio=2)
 
 
 def test_the_literal_form_takes_far_more_updates() -> None:
@@ -201,6 +222,14 @@ def test_literal_pruning_ends_at_the_ratio_in_training() -> None:
     train(network, pruner, 120)
     assert pruner.finished
     assert int(pruner.gone[pruner.slices["0"]].sum()) == 6
+
+
+def test_groups_recover_in_training() -> None:
+    network = chain()
+    pruner = prune(network, interval=3, A=0.3)
+    train(network, pruner, 60)
+    back = (torch.stack(pruner.trace) > 0.5).any(0) & ~pruner.gone
+    assert 0 < pruner.table()["recovered"].sum() <= int(back.sum())
 
 
 def test_a_group_that_becomes_important_comes_back() -> None:
@@ -334,7 +363,7 @@ def one_process(rank: int, world: int, path: str, port_file: str) -> None:
     """Train the chain on its share of each global batch and save weights and masks."""
     torch.set_num_threads(1)
     network: nn.Module = chain()
-    pruner = prune(network, interval=2, A=0.1, seed=5)
+    pruner = prune(network, interval=2, A=0.1, seed=5 + rank)  # the masks are those of rank 0
     trained = network
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sppkit import networks
+from sppkit.compact import compact
+from sppkit.cost import flop_ratio
 from sppkit.groups import KINDS
 from sppkit.plan import make_plan, pca_sensitivity
+from sppkit.pruner import Pruner
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
@@ -51,7 +55,39 @@ def test_ratios_are_exact_ceilings() -> None:
     network = networks.create("convnet")
     assert make_plan(network, EXAMPLE, ratio=0.28).targets == {"conv1": 21, "conv2": 224, "conv3": 224}
     assert make_plan(network, EXAMPLE, ratio={"conv2": 0.5}).targets == {"conv2": 400}
-    assert make_plan(network, EXAMPLE, targets={"conv3": 7}).targets == {"conv3": 7}
+
+
+def test_channels_are_planned_with_the_filters_that_go_with_them() -> None:
+    network = networks.create("convnet")
+    plan = make_plan(network, EXAMPLE, flop_ratio=4, kind="channel")
+    gone = np.concatenate([np.arange(size) < plan.targets[name] for name, size in plan.groups.sizes.items()])
+    assert plan.reached == plan.groups.flop_ratio(gone) == pytest.approx(4, rel=0.05)
+    assert make_plan(network, EXAMPLE, flop_ratio=20, kind="channel").reached > 18
+    pruner = Pruner(network, plan, method="oneshot")
+    pruner.update()
+    assert flop_ratio(networks.create("convnet"), compact(network), EXAMPLE) == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [("block8", 2), ("block16", 2), ("block16", 3)])
+def test_blocks_that_do_not_divide_the_channels_reach_the_ratio(kind: str, ratio: float) -> None:
+    network = nn.Sequential(nn.Conv2d(20, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    x = torch.zeros(1, 20, 9, 9)
+    plan = make_plan(network, x, flop_ratio=ratio, kind=kind, layers=["0"])
+    for seed in range(5):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            copy = nn.Sequential(nn.Conv2d(20, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+        pruner = Pruner(copy, make_plan(copy, x, flop_ratio=ratio, kind=kind, layers=["0"]), method="oneshot")
+        pruner.update()
+        block = int(kind[5:])
+        one = network[0].weight[:, 0, 0, 0].numel() * block * 49  # MACs of one whole block
+        dense = sum(plan.groups.macs.values())
+        left = dense / flop_ratio(network, compact(copy), x)
+        assert abs(left - dense / ratio) <= one
+
+
+def test_a_plan_prunes_at_least_one_group() -> None:
+    assert sum(make_plan(networks.create("convnet"), EXAMPLE, flop_ratio=1.00001).targets.values()) == 1
 
 
 def test_weights_of_a_rule_are_kept_fractions() -> None:
@@ -89,10 +125,10 @@ def test_sensitivity_counts_the_components_that_hold_the_energy() -> None:
         ({"ratio": 1.4}, r"ratio=1.4 must lie in \(0, 1\)"),
         ({"ratio": -0.1}, r"ratio=-0.1 must lie in \(0, 1\)"),
         ({"ratio": 0.999}, "would leave none"),
-        ({"targets": {"conv1": 75}}, "target=75 of layer 'conv1' must lie in 1 to 74"),
-        ({"targets": {"conv1": 0}}, "target=0 of layer 'conv1' must lie in 1 to 74"),
-        ({"targets": {"fc": 1}}, "layer 'fc' is not a convolution"),
-        ({}, "give one of flop_ratio=None, ratio=None and targets=None"),
+        ({"flop_ratio": 0}, "flop_ratio=0 must be above 1"),
+        ({"flop_ratio": math.inf}, "flop_ratio=inf must be above 1"),
+        ({"ratio": {"fc": 0.5}}, "layer 'fc' is not a convolution"),
+        ({}, "give one of flop_ratio=None and ratio=None"),
         ({"ratio": 0.5, "flop_ratio": 2}, "give one of"),
         ({"flop_ratio": 2, "rule": "best"}, "rule='best' must be one of uniform, tiers"),
         ({"flop_ratio": 2, "rule": {"conv1": 1.0}}, "rule gives no positive weight for layer 'conv2'"),

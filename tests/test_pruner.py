@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sppkit import networks, spp
-from sppkit.plan import make_plan
+from sppkit.groups import Groups
+from sppkit.plan import Plan
 from sppkit.pruner import Pruner
 
 LR, MOMENTUM, DECAY = 0.005, 0.9, 0.005
@@ -37,7 +39,8 @@ TARGETS = {"one": 14, "two": 5}
 
 
 def prune(network: nn.Module, goals: dict[str, int] | None = None, **options: Any) -> Pruner:
-    return Pruner(network, make_plan(network, torch.zeros(1, 3, 5, 6), targets=goals or TARGETS), **options)
+    goals = goals or TARGETS
+    return Pruner(network, Plan(Groups(network, torch.zeros(1, 3, 5, 6), layers=[*goals]), goals), **options)
 
 
 def small(seed: int = 0) -> Small:
@@ -350,7 +353,7 @@ def test_a_look_in_the_middle_of_a_step_leaves_what_was_shown() -> None:
 
 def test_a_look_keeps_the_type_of_the_weights() -> None:
     network = small()
-    plan = make_plan(network, torch.zeros(1, 3, 5, 6), targets=TARGETS)
+    plan = Plan(Groups(network, torch.zeros(1, 3, 5, 6), layers=[*TARGETS]), TARGETS)
     pruner = Pruner(network.to(torch.bfloat16), plan)
     pruner.probability.fill_(0.5)
     with pruner.view("expected"):
@@ -359,16 +362,52 @@ def test_a_look_keeps_the_type_of_the_weights() -> None:
 
 def convnet_pruner(**options: Any) -> Pruner:
     network = networks.create("convnet")
-    return Pruner(network, make_plan(network, torch.zeros(1, 3, 32, 32), targets={"conv1": 5}), **options)
+    return Pruner(network, Plan(Groups(network, torch.zeros(1, 3, 32, 32), layers=["conv1"]), {"conv1": 5}), **options)
 
 
-def test_the_state_of_another_network_is_refused() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: convnet_pruner(),
+        lambda: set_up(interval=7)[1],  # as many groups, other settings
+        lambda: prune(small(), {"one": 13, "two": 5}),  # another plan
+        lambda: prune(small(), method="gradual"),
+    ],
+    ids=["network", "interval", "plan", "method"],
+)
+def test_the_state_of_another_pruner_is_refused(other: Callable[[], Pruner]) -> None:
     _, pruner, _ = set_up()
-    other = convnet_pruner()
-    before = pruner.probability.clone()
-    with pytest.raises(ValueError, match="the saved pruning state has 75 groups, this network 39"):
-        pruner.load_state(other.state())
+    state, before = other().state(), pruner.probability.clone()
+    groups = len(state["probability"])
+    with pytest.raises(
+        ValueError, match=rf"of another plan or method \({groups} groups, this pruner 39\); use the one"
+    ):
+        pruner.load_state(state)
+    with pytest.raises(ValueError, match="of another plan or method"):
+        pruner.load_state({})
     assert torch.equal(pruner.probability, before)
+    pruner.load_state(set_up()[1].state())
+
+
+def test_a_frozen_layer_does_not_enter_the_optimisers_state() -> None:
+    network = small()
+    pruner = prune(network)
+    network.one.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    pruner.before()
+    network(torch.ones(2, 3, 5, 6)).sum().backward()
+    pruner.after(optimizer)
+    optimizer.step()
+    assert len(optimizer.state_dict()["state"]) == len([*network.parameters()]) - 1
+
+
+def test_low_precision_weights_are_summed_in_float32() -> None:
+    network = small()
+    exact = network.one.weight.detach().to(torch.bfloat16).float().abs().sum(0).flatten()
+    plan = Plan(Groups(network, torch.zeros(1, 3, 5, 6), layers=[*TARGETS]), TARGETS)
+    pruner = Pruner(network.to(torch.bfloat16), plan)
+    assert pruner.importance().dtype == torch.float32
+    torch.testing.assert_close(pruner.importance()[:27], exact)
 
 
 def test_the_table_counts_groups_that_came_back() -> None:
@@ -414,7 +453,7 @@ def test_weights_that_become_nan_stop_the_update_and_name_the_layer() -> None:
     network, pruner, _ = set_up()
     pruner.update()
     network.two.weight.data[0, 0, 0, 0] = math.inf
-    with pytest.raises(FloatingPointError, match="layer 'two', step 180: weights are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match="layer 'two', noticed at step 180: weights are NaN or infinite"):
         pruner.update()
     assert pruner.updates == 1
 

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from sppkit import networks, state, train
 from sppkit.batches import Batches, Normalise
 from sppkit.data import ImageData, Split
-from sppkit.plan import make_plan
+from sppkit.groups import Groups
+from sppkit.plan import Plan
 from sppkit.pruner import Pruner
 from sppkit.step import Training, TrainingStep
 from sppkit.train import evaluate, fit
@@ -61,7 +62,7 @@ def dropout_network(seed: int = 0) -> nn.Module:
 
 def prune(network: nn.Module, goals: dict[str, int], **options: Any) -> Pruner:
     size = 32 if "conv2" in goals else 8
-    return Pruner(network, make_plan(network, torch.zeros(1, 3, size, size), targets=goals), **options)
+    return Pruner(network, Plan(Groups(network, torch.zeros(1, 3, size, size), layers=[*goals]), goals), **options)
 
 
 def make(name: str, seed: int = 0) -> nn.Module:
@@ -353,11 +354,16 @@ def test_a_diverged_run_says_so_and_keeps_the_checkpoint_it_had(images: ImageDat
     path = tmp_path / "run.safetensors"
     assert stop_after(4.5, make("dropout"), images, settings, checkpoint=path) == 4
     good = path.read_bytes()
-    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf) by step 12; lower lr=0\.001"):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss became (nan|inf) by step 12 \('network/0\..*\); lower lr=0\.001"
+    ):
         fit(make("dropout"), images, settings, checkpoint=path)
     assert path.read_bytes() == good
     # a deadline within the epoch comes before the loss is looked at
-    with ticking(), pytest.raises(FloatingPointError, match="no longer finite at step 9"):
+    with (
+        ticking(),
+        pytest.raises(FloatingPointError, match=r"not finite any more at step 9 \('network/.*' and \d+ more hold NaN"),
+    ):
         fit(make("dropout"), images, settings, checkpoint=path, deadline=6.5)
     assert path.read_bytes() == good
     assert list(tmp_path.iterdir()) == [path]
@@ -369,6 +375,26 @@ def test_a_diverged_run_says_so_and_keeps_the_checkpoint_it_had(images: ImageDat
     assert torch.equal(tensors["network/0.weight"], make("dropout")[0].weight)
 
 
+def test_statistics_are_renewed_as_means_over_batches(images: ImageData) -> None:
+    network = make("dropout")
+    network[1].running_mean.fill_(9.0)
+    settings = replace(SETTINGS, normalise="channel")
+    train.renew_statistics(network, images, settings, batches=2)
+    batches = settings.batches(images.train)
+    outputs = [network[0](batches.select(step).batch()[0]).detach() for step in range(2)]
+    mean, variance = (torch.stack([f(y) for y in outputs]).mean(0) for f in (channel_mean, channel_variance))
+    torch.testing.assert_close(network[1].running_mean, mean)
+    torch.testing.assert_close(network[1].running_var, variance)
+
+
+def channel_mean(y: torch.Tensor) -> torch.Tensor:
+    return y.mean((0, 2, 3))
+
+
+def channel_variance(y: torch.Tensor) -> torch.Tensor:
+    return y.var((0, 2, 3))
+
+
 @pytest.mark.parametrize("part", ["weights", "statistics", "momentum", "loss"])
 def test_nothing_that_is_not_finite_is_saved(images: ImageData, tmp_path: Path, part: str) -> None:
     network = make("dropout")
@@ -376,7 +402,7 @@ def test_nothing_that_is_not_finite_is_saved(images: ImageData, tmp_path: Path, 
     momentum = run._tensors()["momentum/0.weight"]
     tensors = {"weights": network[0].weight, "statistics": network[1].running_var}
     ({"momentum": momentum, "loss": run.totals} | tensors)[part].data.view(-1)[0] = math.nan
-    with pytest.raises(FloatingPointError, match="weights or loss are no longer finite at step 3"):
+    with pytest.raises(FloatingPointError, match=r"not finite any more at step 3 \("):
         run.save(tmp_path / "run", 3, [])
     assert not list(tmp_path.iterdir())
 

@@ -148,11 +148,10 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     own = ("masked", "ranking", "scope", "siblings", "columns_of")
     plain = all(getattr(plan, name) == getattr(Experiment, name) for name in own)
     varied: dict[str, Any] = {name: getattr(plan, name) for name in (*own[:-1], "weight_decay")}
-    pruner = Pruner(network, amounts, **options) if plain else VariedPruner(network, amounts, **options, **varied)
     if plan.method == "taylor":
         batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))
-        pruner.score = lambda: taylor_scores(network, pruner.groups, batches)
-    return pruner
+        options["score"] = lambda: taylor_scores(network, amounts.groups, batches)
+    return Pruner(network, amounts, **options) if plain else VariedPruner(network, amounts, **options, **varied)
 
 
 def thinned(trace: torch.Tensor) -> tuple[torch.Tensor, int]:
