@@ -185,18 +185,15 @@ def test_the_literal_form_ranks_all_groups_and_keeps_the_whole_target() -> None:
     assert adaptive.tolist() == pytest.approx([1.0] * 5 + [max(float(spp.increment(r, 5)), 0.0) for r in range(15)])
 
 
-def test_the_literal_form_is_exact_whatever_ranks_the_groups() -> None:
-    generator = torch.Generator().manual_seed(0)
-    p = torch.zeros(40, dtype=torch.float64)
-    for _ in range(3000):
-        p = spp.update(p, torch.arange(40) + 4 * torch.rand(40, generator=generator), 20, form="literal", A=0.5)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_literal_form_prunes_no_more_than_its_target(seed: int) -> None:
+    """Although a score may rank groups that are gone anywhere: here it walks at random."""
+    generator = torch.Generator().manual_seed(seed)
+    p, walk = torch.zeros(40, dtype=torch.float64), torch.rand(40, generator=generator)
+    for _ in range(600):
+        walk += 0.3 * torch.randn(40, generator=generator)
+        p = spp.update(p, walk.abs(), 20, form="literal", A=1.0)
     assert int((p == 1).sum()) == 20
-    score = lambda: torch.arange(27) + 4 * torch.rand(27, generator=generator)  # noqa: E731
-    pruner = prune(chain(), form="literal", A=0.5, score=score, targets={"0": 15})
-    while not pruner.finished:
-        assert pruner.updates < 5000
-        pruner.update()
-    assert int(pruner.gone.sum()) == 15
 
 
 def test_taylor_needs_a_score() -> None:
