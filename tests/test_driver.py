@@ -223,3 +223,13 @@ def test_a_setting_that_came_later_leaves_older_ids_alone() -> None:
     for name, value in {"kind": "block8", "A": 0.1, "form": "literal", "baseline_seed": 3, "rescale": True}.items():
         assert Experiment("e").run_id != replace(Experiment("e"), **{name: value}).run_id
     assert replace(SMALL, seed=4, baseline_seed=1).baseline() == replace(SMALL, seed=1).baseline()
+
+
+def test_a_literal_run_that_does_not_end_is_cut_and_says_so(digits: ImageData, tmp_path: Path) -> None:
+    places = Places(tmp_path, revision="test")
+    settings = replace(SMALL, form="literal", prune_steps=30, A=0.5)
+    record = run(settings, digits, places)
+    assert 0 < record["notes"]["decided"] < sum(record["notes"]["pruned"].values())
+    assert record["flop_ratio"] == pytest.approx(2, rel=0.01)
+    with pytest.raises(RuntimeError, match="30 steps were too few to prune"):
+        run(replace(settings, form="adaptive", A=0.01), digits, places)

@@ -184,6 +184,11 @@ def test_chosen_groups_go_and_no_others(method: str) -> None:
     assert chosen(pruner) == digits
 
 
+def test_the_state_of_another_variant_is_refused() -> None:
+    with pytest.raises(ValueError, match="of another plan or method"):
+        set_up(masked="still")[1].load_state(set_up(masked="trained")[1].state())
+
+
 def test_other_names_are_refused() -> None:
     for option, message in (
         ({"masked": "frozen"}, "masked='frozen' must be"),

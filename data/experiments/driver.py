@@ -28,7 +28,7 @@ from sppkit import cost, cp, networks, state
 from sppkit.batches import Normalise, evaluation
 from sppkit.compact import compact
 from sppkit.data import ImageData, Split, device_name, load, resolve_device
-from sppkit.methods import taylor_scores
+from sppkit.methods import cut, taylor_scores
 from sppkit.plan import make_plan, pca_sensitivity
 from sppkit.pruner import Pruner
 from sppkit.step import precision_flags
@@ -176,10 +176,18 @@ def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: 
         network.load_state_dict({name: tensors[f"network/{name}"] for name in network.state_dict()})
         return network, pruner, description["notes"]
     history = yield from training(network, data, settings, pruner=pruner, **limits(work / "prune.safetensors"))
+    undecided = dict[str, int]()
+    if not pruner.finished and plan.form == "literal":  # may never end (notebook 02): the likeliest go, and it is noted
+        undecided = {"decided": int(pruner.gone.sum())}
+        order, norms = 1 - pruner.probability.double().cpu().numpy(), pruner.importance().cpu().numpy()
+        for part in pruner.slices.values():
+            order[part][norms[part].argmax()] = float("inf")  # a layer keeps one
+        pruner.remove(cut(pruner, order)[0], last=True)
     table, last = pruner.table(), history.iloc[-1]
     if not pruner.finished:
         raise RuntimeError(f"{settings.steps} steps were too few to prune; raise prune_steps. So far:\n{table}")
-    notes = {"steps": int(last["step"]), "seconds": last["seconds"], "acc_pruned": evaluate(network, data, settings)}
+    notes: dict[str, Any] = {"steps": int(last["step"]), "seconds": last["seconds"], **undecided}
+    notes["acc_pruned"] = evaluate(network, data, settings)
     notes |= {"updates": pruner.updates, "recovered": int(table["recovered"].sum()), "planned": pruner.plan.reached}
     notes["pruned"] = dict(zip(table["layer"], table["pruned"].tolist(), strict=True))
     notes["gone"] = chosen(pruner)

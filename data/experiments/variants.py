@@ -111,6 +111,11 @@ class VariedPruner(Pruner):
         self.targets["network"], self._target = count, torch.tensor([count], device=score.device)
         return score
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """As the pruner's, with what this one varies."""
+        return super().settings | {name: getattr(self, name) for name in ("masked", "ranking", "scope", "siblings")}
+
     def choose(self, record: dict[str, Any]) -> None:
         """Prune the groups that went in the run of `record`, in this run's own order."""
         stays = ~gone(record["notes"]["gone"], self.groups.count)
