@@ -79,7 +79,7 @@ def make_plan(
     groups = Groups(network, example, kind=kind, layers=[*ratio] if isinstance(ratio, Mapping) else layers)
     if ratio is not None:
         ratios = ratio if isinstance(ratio, Mapping) else dict.fromkeys(groups.layers, ratio)
-        return Plan(groups, {name: spp.target_count(ratios[name], n) for name, n in groups.sizes.items()})
+        return Plan(groups, {name: spp.target_count(ratios[name], n, name) for name, n in groups.sizes.items()})
     if flop_ratio is None or not 1 < flop_ratio < np.inf:
         raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
     share = _shares(groups, rule)

@@ -111,7 +111,7 @@ def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tenso
     return torch.rand(probability.shape, generator=generator, device=probability.device) >= probability
 
 
-def target_count(ratio: float, groups: int) -> int:
+def target_count(ratio: float, groups: int, layer: str = "") -> int:
     """ceil(ratio·groups) without rounding errors: 0.28 of 75 is 21, although 0.28 * 75 > 21 in floating point.
 
     Raises ValueError where the ratio lies outside (0, 1) or would leave no group.
@@ -119,9 +119,10 @@ def target_count(ratio: float, groups: int) -> int:
     >>> target_count(0.28, 75)
     21
     """
+    where = f"layer {layer!r}: " if layer else ""
     if not 0 < ratio < 1:
-        raise ValueError(f"ratio={ratio} must lie in (0, 1); leave a layer out of `layers` to skip it")
+        raise ValueError(f"{where}ratio={ratio} must lie in (0, 1); leave a layer out of `layers` to skip it")
     count = max(1, math.ceil(Fraction(ratio).limit_denominator(10**6) * groups))
     if count >= groups:
-        raise ValueError(f"ratio={ratio} of {groups} groups would leave none; lower it or skip the layer")
+        raise ValueError(f"{where}ratio={ratio} of {groups} groups would leave none; lower it or skip the layer")
     return count
