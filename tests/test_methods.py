@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sppkit import methods, spp
+from sppkit.batches import Batches, Normalise
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
+from sppkit.data import Split
 from sppkit.groups import Groups
 from sppkit.plan import Plan, make_plan
 from sppkit.pruner import Pruner
@@ -356,6 +358,14 @@ def test_torchvision_networks_can_be_pruned(name: str) -> None:
     assert flop_ratio(network, small, x) == pytest.approx(1.5, rel=0.01)
 
 
+def augmented() -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 6, 6, 3), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.randint(4, (64,), generator=generator))
+    normalise = Normalise.of(split, "channel")
+    return Batches(split, batch_size=16, seed=3, normalise=normalise, crop_padding=1, flip=True)
+
+
 def one_process(rank: int, world: int, path: str, port_file: str) -> None:
     """Train the chain on its share of each global batch and save weights and masks."""
     torch.set_num_threads(1)
@@ -367,8 +377,11 @@ def one_process(rank: int, world: int, path: str, port_file: str) -> None:
         trained = nn.parallel.DistributedDataParallel(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
     masks = []
+    batches = augmented()
     for step in range(40):
-        x, y = batch(step, 16)  # sample by sample the same, whoever draws it
+        if step % batches.steps_per_epoch == 0:
+            batches.start_epoch(step // batches.steps_per_epoch)
+        x, y = batches.select(step % batches.steps_per_epoch).batch()  # crops and flips go with a sample's index
         pruner.before()
         F.cross_entropy(trained(x[rank::world]), y[rank::world]).backward()
         pruner.after(optimizer)
