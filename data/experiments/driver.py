@@ -78,7 +78,7 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     history = yield from training(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
     small = compact(pruned, example)
     left = cost.summary(small, example)
-    moving = experiment.method in ("spp", "gradual") and not experiment.columns_of
+    moving = experiment.method in ("spp", "gradual", "deterministic") and not experiment.columns_of
     if (
         pruner is not None and moving and experiment.seed == experiment.holdout == 0
     ):  # one seed's is enough for pictures
