@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor
 
+from sppkit import state
 from sppkit.data import project_root
 
 TITLES = {
@@ -32,6 +36,15 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
     pairs = [*zip(runs["method"], runs["settings"], strict=True)]
     titles = [f"{TITLES[m]}, {'channel' if m == 'cp' else s.get('kind', 'column')}s{departures(s)}" for m, s in pairs]
     return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
+
+
+def trace(run_id: str, root: Path | None = None) -> tuple[Tensor, dict[str, slice], int]:
+    """Recorded probabilities (updates, groups), float64 in 255ths; the layers' groups; training steps between rows."""
+    path = (root or project_root()) / "data" / "runs" / "traces" / f"{run_id}.safetensors"
+    tensors, about = state.load(path, kind="trace")
+    flat = torch.frombuffer(bytearray(zlib.decompress(tensors["probability"].numpy().tobytes())), dtype=torch.uint8)
+    layers = {name: slice(*ends) for name, ends in about["layers"].items()}
+    return flat.view(*reversed(about["shape"])).T.double() / 255, layers, about["interval"]
 
 
 def retraining_decay(settings: dict[str, Any]) -> float:

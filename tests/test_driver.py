@@ -9,6 +9,7 @@ from pathlib import Path
 
 import driver
 import pytest
+import records
 import torch
 from driver import Limits, baseline, run, run_all
 from settings import Experiment, Places, expand
@@ -116,11 +117,12 @@ def test_a_stopped_run_ends_like_one_that_was_not(
 
 def test_the_trace_of_seed_0_is_kept(finished: Places) -> None:
     spp = lines(finished, "small")[0]
-    tensors, description = state.load(finished.runs / "traces" / f"{spp['run_id']}.safetensors", kind="trace")
-    assert tensors["probability"].shape == (spp["notes"]["updates"], 75 + 800 + 800)
-    assert description["layers"]["conv2"] == [75, 875]
+    trace, layers, interval = records.trace(spp["run_id"], finished.root)
+    assert trace.shape == (spp["notes"]["updates"], 75 + 800 + 800)
+    assert (layers["conv2"], interval) == (slice(75, 875), 1)
+    assert float(trace[0].max()) == pytest.approx(0.05, abs=1 / 510), "the first update raises by A at most"
     planned, pruned = 38 + 400 + 400, sum(spp["notes"]["pruned"].values())
-    assert pruned <= (tensors["probability"][-1] == 255).sum() <= planned  # the FLOP ratio may come first
+    assert pruned <= (trace[-1] == 1).sum() <= planned  # the FLOP ratio may come first
 
 
 def test_a_baseline_that_was_tampered_with_is_refused(digits: ImageData, tmp_path: Path) -> None:
