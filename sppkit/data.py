@@ -86,7 +86,8 @@ def load(
     target, root = resolve_device(device), Path(root).expanduser().absolute()
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1 pixel, or None for the data set's own")
-    if download and str(name) in DOWNLOADS:  # what is there and whole is left as it is
+    held = name == "imagenette" and any((root / folder).is_dir() for folder in IMAGENETTE)  # of whatever size
+    if download and str(name) in DOWNLOADS and not held:  # torchvision leaves a whole CIFAR-10 as it is
         try:
             DOWNLOADS[str(name)](root, download=True)
         except Exception as error:  # torchvision lets through what the network, the archive and the disk raise

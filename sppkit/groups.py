@@ -44,9 +44,7 @@ class Groups:
             raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
         self.kind, convs = kind, convolutions(network)
         if not convs:
-            raise ValueError(
-                f"{type(network).__name__} has no convolutions to prune (nn.Conv2d); give the network itself"
-            )
+            raise ValueError(f"{type(network).__name__} has no convolutions to prune; give a network with nn.Conv2d")
         self.flows = flows(network)
         for name in layers if layers is not None else ():
             if name not in self.flows:

@@ -216,7 +216,7 @@ def test_a_download_repairs_a_damaged_file(tmp_path: Path, monkeypatch: pytest.M
     data.load("cifar10", root=tmp_path, download=True)
 
 
-def test_imagenette_is_found_in_any_of_its_sizes(tmp_path: Path) -> None:
+def test_imagenette_is_found_in_any_of_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "imagenette-128" / "train", 2, 1)
     write_images(tmp_path / "imagenette-128" / "val", 1, 2)
     loaded = data.load("imagenette", root=tmp_path)
@@ -224,6 +224,9 @@ def test_imagenette_is_found_in_any_of_its_sizes(tmp_path: Path) -> None:
     assert loaded.classes == ("class0", "class1")
     assert (loaded.train.labels.tolist(), loaded.test.labels.tolist()) == ([0, 0, 1], [0, 1, 1])
     assert not check.problems(tmp_path)["imagenette"]
+    fail = lambda *_, **__: pytest.fail("what is there is not downloaded in another size")  # noqa: E731
+    monkeypatch.setattr(torchvision.datasets.imagenette, "download_and_extract_archive", fail)
+    assert len(data.load("imagenette", root=tmp_path, download=True).test) == 3
     (tmp_path / "imagenette2-320").mkdir()  # comes before imagenette-128
     with pytest.raises(ValueError, match=r"imagenette2-320' holds 0 class folders"):
         data.load("imagenette", root=tmp_path)

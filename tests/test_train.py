@@ -382,17 +382,8 @@ def test_statistics_are_renewed_as_means_over_batches(images: ImageData) -> None
     train.renew_statistics(network, images, settings, batches=2)
     batches = settings.batches(images.train)
     outputs = [network[0](batches.select(step).batch()[0]).detach() for step in range(2)]
-    mean, variance = (torch.stack([f(y) for y in outputs]).mean(0) for f in (channel_mean, channel_variance))
-    torch.testing.assert_close(network[1].running_mean, mean)
-    torch.testing.assert_close(network[1].running_var, variance)
-
-
-def channel_mean(y: torch.Tensor) -> torch.Tensor:
-    return y.mean((0, 2, 3))
-
-
-def channel_variance(y: torch.Tensor) -> torch.Tensor:
-    return y.var((0, 2, 3))
+    torch.testing.assert_close(network[1].running_mean, torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0))
+    torch.testing.assert_close(network[1].running_var, torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0))
 
 
 @pytest.mark.parametrize("part", ["weights", "statistics", "momentum", "loss"])

@@ -80,12 +80,10 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     small = compact(pruned, example)
     left = cost.summary(small, example)
     moving = experiment.method in ("spp", "gradual", "deterministic") and not experiment.columns_of
-    if (
-        pruner is not None and moving and experiment.seed == experiment.holdout == 0
-    ):  # one seed's is enough for pictures
+    if pruner is not None and moving and experiment.seed == experiment.holdout == 0:  # one seed is enough for pictures
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
         trace, every = thinned((torch.stack(pruner.trace) * 255).round().to(torch.uint8))  # in 255ths
-        packed = bytearray(zlib.compress(trace.T.contiguous().numpy().tobytes(), 9))  # a tenth; `records.trace` unpacks
+        packed = bytearray(zlib.compress(trace.T.contiguous().numpy().tobytes(), 9))  # `records.trace` unpacks it
         about = {"kind": "trace", "layers": layers, "interval": every * pruner.interval, "shape": [*trace.shape]}
         tensors = {"probability": torch.frombuffer(packed, dtype=torch.uint8)}
         state.save(places.runs / "traces" / f"{experiment.run_id}.safetensors", tensors, about)
