@@ -227,11 +227,14 @@ def test_a_setting_that_came_later_leaves_older_ids_alone() -> None:
     assert replace(SMALL, seed=4, baseline_seed=1).baseline() == replace(SMALL, seed=1).baseline()
 
 
-def test_a_literal_run_that_does_not_end_is_cut_and_says_so(digits: ImageData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"form": "literal"}, {"siblings": 1.0}])
+def test_a_run_that_may_never_end_is_cut_and_says_so(
+    digits: ImageData, tmp_path: Path, change: dict[str, str | float]
+) -> None:
     places = Places(tmp_path, revision="test")
-    settings = replace(SMALL, form="literal", prune_steps=30, A=0.5)
+    settings = replace(SMALL, prune_steps=30, A=0.5, **change)
     record = run(settings, digits, places)
     assert 0 < record["notes"]["decided"] < sum(record["notes"]["pruned"].values())
     assert record["flop_ratio"] == pytest.approx(2, rel=0.01)
     with pytest.raises(RuntimeError, match="30 steps were too few to prune"):
-        run(replace(settings, form="adaptive", A=0.01), digits, places)
+        run(replace(settings, form="adaptive", siblings=0.0, A=0.01), digits, places)

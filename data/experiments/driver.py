@@ -178,7 +178,8 @@ def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: 
         return network, pruner, description["notes"]
     history = yield from training(network, data, settings, pruner=pruner, **limits(work / "prune.safetensors"))
     undecided = dict[str, int]()
-    if not pruner.finished and plan.form == "literal":  # may never end (notebook 02): the likeliest go, and it is noted
+    # these may never end (notebooks 02, 09): the likeliest groups go, and it is noted
+    if not pruner.finished and (plan.form == "literal" or plan.siblings):
         undecided = {"decided": int(pruner.gone.sum())}
         order, norms = 1 - pruner.probability.double().cpu().numpy(), pruner.importance().cpu().numpy()
         for part in pruner.slices.values():
