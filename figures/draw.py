@@ -29,16 +29,19 @@ def lost_over_flop_ratio(runs: pd.DataFrame) -> Figure:
     runs = runs[runs["settings"].map(departures) == ""]
     at_four = runs[runs["flop_ratio_target"] == 4].groupby("title")["lost"].mean().sort_values().index
     order = dict.fromkeys([*at_four, *runs["title"]])  # those without a run at 4 come last
-    for title, colour in zip(order, sns.color_palette("colorblind"), strict=False):
+    width = runs["flop_ratio_target"].max() - runs["flop_ratio_target"].min()
+    for place, (title, colour) in enumerate(zip(order, sns.color_palette("colorblind"), strict=False)):
         group = runs[runs["title"] == title].sort_values("flop_ratio_target")
+        shift = 0.006 * width * (place - (len(order) - 1) / 2)  # side by side: no method hides another
         points = group.groupby("flop_ratio_target")
         counts = points.size().map(str)
         label = f"{title} (n={counts.iloc[0] if counts.nunique() == 1 else ', '.join(counts)})"
         ratio, lost = points["flop_ratio"].mean(), points["lost"]
-        axes.errorbar(ratio, lost.mean(), lost.std(), marker="o", ms=5, capsize=4, color=colour, label=label)
-        axes.scatter(group["flop_ratio"], group["lost"], s=14, color=colour, alpha=0.45, lw=0)
+        axes.errorbar(ratio + shift, lost.mean(), lost.std(), marker="o", ms=5, capsize=3, color=colour, label=label)
+        axes.scatter(group["flop_ratio"] + shift, group["lost"], s=14, color=colour, alpha=0.45, lw=0)
     axes.invert_yaxis()
-    axes.set(xlabel="FLOP ratio (convolution MACs, dense / compact)", ylabel="points lost against the seed's baseline")
+    axes.set(xlabel="FLOP ratio (convolution MACs, dense / compact), methods side by side")
+    axes.set(ylabel="points lost against the seed's baseline")
     axes.set_title(f"{runs['network'].iloc[0]} on {runs['dataset'].iloc[0]}: mean ± standard deviation over seeds")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, title="n from left to right")
     figure.supxlabel(caption(runs), fontsize=7, color="0.4")

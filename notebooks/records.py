@@ -33,9 +33,18 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
     if not path.exists():
         raise ValueError(f"no records of {name!r} in {path.parent}; `python -m sppkit run` makes them")
     runs = pd.DataFrame(map(json.loads, path.read_text().splitlines()))
-    pairs = [*zip(runs["method"], runs["settings"], strict=True)]
-    titles = [f"{TITLES[m]}, {'channel' if m == 'cp' else s.get('kind', 'column')}s{departures(s)}" for m, s in pairs]
+    titles = [*map(title, runs["method"], runs["settings"])]
     return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
+
+
+def title(method: str, settings: dict[str, Any]) -> str:
+    """The method of a run, its groups, and how it departs from the method it is named after.
+
+    >>> title("spp", {"kind": "column", "ranking": "first"})
+    'SPP, columns, ranked by first norms'
+    """
+    kind = "channel" if method == "cp" else settings.get("kind", "column")
+    return f"{TITLES[method]}, {kind}s{departures(settings)}"
 
 
 def trace(run_id: str, root: Path | None = None) -> tuple[Tensor, dict[str, slice], int]:
