@@ -32,7 +32,7 @@ test: $(READY)
 	}; \
 	step linter $(PY) -m ruff check .; \
 	step formatter $(PY) -m ruff format --check .; \
-	step types $(PY) -m mypy sppkit notebooks/*.py data/experiments figures/draw.py; \
+	step types $(PY) -m mypy sppkit notebooks/*.py notebooks/training data/experiments figures/draw.py; \
 	step unit-tests $(PY) -m pytest -q -n 2 --dist loadfile; \
 	step notebooks $(PY) notebooks/run.py --profile quick; \
 	echo '== summary'; printf '%s' "$$summary" | tr '|' '\n'; \

@@ -8,8 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
-
-from sppkit import data
+from training import data
 
 
 def check(parser: argparse.ArgumentParser, arguments: list[str]) -> int:

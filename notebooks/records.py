@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from training.data import project_root
 
 from sppkit import state
-from sppkit.data import project_root
 
 TITLES = {
     "baseline": "dense",

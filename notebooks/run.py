@@ -34,7 +34,8 @@ from typing import Any
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("sppkit/*.py", "notebooks/records.py", "notebooks/timing.py", "data/runs/*", "data/checkpoints/*")
+SOURCES = ("sppkit/*.py", *(f"notebooks/{name}.py" for name in ("training/*", "records", "timing")))
+SOURCES = (*SOURCES, "data/runs/*", "data/checkpoints/*", "data/experiments/*.json")
 SIZE_LIMIT = 1_000_000  # bytes of a committed notebook
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HOMES = (r"/home/\w+", r"/Users/\w+", r"/root/\w", r"[A-Z]:\\+Users\\+\w+")

@@ -5,8 +5,6 @@ import importlib
 import sys
 from pathlib import Path
 
-from sppkit.data import project_root
-
 # What each command does, and the module and function, in the repository beside what it checks, makes or draws
 COMMANDS = {
     "check": ("OK or FAIL for every requirement, then the device and the data sets found", "check", "check"),
@@ -27,14 +25,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     name = overview.parse_args(given[:1]).name
     description, module, function = COMMANDS[name]
-    parser = argparse.ArgumentParser(prog=f"sppkit {name}", description=description)
-    parser.add_argument("--root", type=Path, default=project_root(), help="folder of data/runs and figures/")
-    parser.add_argument("--data", type=Path, help="folder of the data sets (default: data/ in the root)")
     try:
         places = [Path(__file__).parent.parent / folder for folder in ("data/experiments", "figures", "notebooks")]
         if not any((place / f"{module}.py").exists() for place in places):
             raise ValueError(f"{module}.py is not beside the package: run this in a checkout of the repository")
         sys.path[:0] = map(str, places)
+        root = importlib.import_module("training.data").project_root()
+        parser = argparse.ArgumentParser(prog=f"sppkit {name}", description=description)
+        parser.add_argument("--root", type=Path, default=root, help="folder of data/runs and figures/")
+        parser.add_argument("--data", type=Path, help="folder of the data sets (default: data/ in the root)")
         return getattr(importlib.import_module(module), function)(parser, given[1:]) or 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"sppkit {name}: {error}", file=sys.stderr)

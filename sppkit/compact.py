@@ -1,7 +1,8 @@
 """From masked to compact: a smaller network that computes the same function.
 
 Two kinds of exact zeros go for good: a channel that every consumer ignores, with its filter, BatchNorm entry and
-columns; and a column of a GEMM matrix that is zero in every filter, where the convolution becomes a `ColumnConv2d`.
+columns; and a column of a GEMM matrix that is zero in every filter, where the convolution becomes a `ColumnConv2d`, or,
+where whole input channels are zero that others read, a `SampledConv2d`.
 Which channels meet which convolutions is read off the network's graph (torch.fx); shortcuts, concatenations and
 anything else that mixes channels keep theirs.
 """
@@ -23,6 +24,27 @@ CHANNELWISE += (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, 
 CHANNELWISE_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, "relu"}
 
 
+class SampledConv2d(nn.Conv2d):
+    """A convolution behind a channel sampler, which picks some channels (index, (K,)) of an input that others read."""
+
+    index: Tensor
+
+    def __init__(self, conv: nn.Conv2d, kept: Tensor) -> None:
+        kernel, moves = (conv.kernel_size[0], conv.kernel_size[1]), (conv.stride, conv.padding, conv.dilation)
+        super().__init__(len(kept), conv.out_channels, kernel, *moves, padding_mode=conv.padding_mode)  # type: ignore[arg-type]
+        self.weight = nn.Parameter(conv.weight.detach()[:, kept].clone())
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+        self.register_buffer("index", _channels(conv)[kept])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.index_select(1, self.index))
+
+
+def _channels(conv: nn.Conv2d) -> Tensor:
+    """Which channels of its input a convolution reads, in order."""
+    return conv.index if isinstance(conv, SampledConv2d) else torch.arange(conv.in_channels, device=conv.weight.device)
+
+
 class ColumnConv2d(nn.Module):
     """A convolution by some columns of its GEMM matrix: weight (O, K), index (K,) into the C·kh·kw of `F.unfold`.
 
@@ -38,7 +60,8 @@ class ColumnConv2d(nn.Module):
         self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept])  # (O, K)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
-        self.register_buffer("index", kept.clone())
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.register_buffer("index", _channels(conv)[kept // taps] * taps + kept % taps)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, self.padding, self.padding_mode)
@@ -66,17 +89,23 @@ class Flow:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, WithinChannelLRN | ColumnConv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, WithinChannelLRN | ColumnConv2d | SampledConv2d) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def trace(network: nn.Module) -> fx.Graph:
+    """The network's graph; ValueError where torch.fx cannot follow it."""
+    try:
+        return _Tracer().trace(network)
+    except Exception as error:
+        raise ValueError(f"{type(network).__name__} cannot be traced by torch.fx: {error}") from error
 
 
 def flows(network: nn.Module) -> dict[str, Flow]:
     """The `Flow` of every convolution, in the order in which they run. ValueError names what cannot be followed."""
-    try:
-        graph = _Tracer().trace(network)
-    except Exception as error:
-        raise ValueError(f"{type(network).__name__} cannot be traced by torch.fx: {error}") from error
     convs, found = convolutions(network), dict[str, Flow]()
-    for node in graph.nodes:
+    for node in trace(network).nodes:
         if node.op == "call_module" and node.target in convs:
             if node.target in found:
                 raise ValueError(f"layer {node.target!r} is called twice; give each place a convolution of its own")
@@ -88,6 +117,11 @@ def flows(network: nn.Module) -> dict[str, Flow]:
     return found
 
 
+def _reads_all(module: nn.Module | None) -> bool:
+    """Whether it is a convolution whose weight has a place for each channel of its input."""
+    return isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module, SampledConv2d)
+
+
 def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False) -> None:
     flow.mixed |= not node.users
     for user in node.users:
@@ -95,7 +129,7 @@ def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False
         flattens = (isinstance(module, nn.Flatten) and module.start_dim == 1) or (
             user.target in (torch.flatten, "flatten") and 1 in (*user.args[1:2], user.kwargs.get("start_dim"))
         )
-        if isinstance(module, nn.Linear) if flat else isinstance(module, nn.Conv2d) and module.groups == 1:
+        if isinstance(module, nn.Linear) if flat else _reads_all(module):
             flow.consumers.append(str(user.target))
         elif isinstance(module, CHANNELWISE) or (module is None and user.target in CHANNELWISE_FUNCTIONS):
             flow.norms += [str(user.target)] if isinstance(module, nn.BatchNorm2d) else []
@@ -118,8 +152,10 @@ def channel_links(network: nn.Module) -> dict[str, str]:
     return {consumer: name for name, consumer in chains.items() if consumer in convs}
 
 
-def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: float = 1e-9) -> nn.Module:
-    """A copy of `network` without its zero columns and without the channels that nothing reads.
+def compact(
+    network: nn.Module, example: Tensor | None = None, *, columns: bool = True, tolerance: float = 1e-9
+) -> nn.Module:
+    """A copy of `network` without the channels that nothing reads and, with `columns`, without single zero columns.
 
     With `example` (B, C, H, W), a `largest_difference` of both networks above `tolerance` is a RuntimeError.
 
@@ -134,9 +170,15 @@ def compact(network: nn.Module, example: Tensor | None = None, *, tolerance: flo
         if flow.consumers and not flow.mixed:
             _remove_channels(small, producer, flow)
     for name, conv in convolutions(small).items():
-        used = conv.weight.ne(0).any(0).flatten()  # (C*kh*kw,)
-        if conv.groups == 1 and not used.all():
-            small.set_submodule(name, ColumnConv2d(conv, used.nonzero().flatten()))
+        used = conv.weight.ne(0).any(0).flatten(1)  # (C, kh*kw)
+        if conv.groups > 1 or used.all():
+            continue
+        channels = used.any(1)
+        if columns and not (channels.any() and torch.equal(used, channels[:, None].expand_as(used))):
+            small.set_submodule(name, ColumnConv2d(conv, used.flatten().nonzero().flatten()))
+        elif not channels.all():
+            channels[0] |= not channels.any()  # a convolution needs one channel
+            small.set_submodule(name, SampledConv2d(conv, channels.nonzero().flatten()))
     if example is not None and not (error := largest_difference(network, small, example)) <= tolerance:
         raise RuntimeError(f"compact and masked outputs differ by {error:.1e} of the largest, more than {tolerance}")
     return small

@@ -1,29 +1,30 @@
-"""Channel Pruning of a chain of convolutions, layer by layer: sample, LASSO selection, least squares.
+"""Channel Pruning of whole networks, layer by layer: sample, select, refit (arXiv 1707.06168, section 3.2 and 3.3).
 
-Inputs X come from the network pruned so far, targets Y from the original (arXiv 1707.06168, section 3.2), so a layer
-also mends what those before it lost. The result is masked, with exact zeros that `compact.compact` takes out.
+Inputs X come from the network pruned so far, targets Y from the original, so a layer also mends what those before it
+lost; at the end of a residual branch Y is what the pruned shortcut leaves of the original sum, Y1 - Y1' + Y2.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sppkit.compact import channel_links
-from sppkit.lasso import select
-from sppkit.plan import make_plan
-from sppkit.reconstruct import Moments, error, lasso_problem, refit
+from sppkit import choice, cost
+from sppkit.compact import SampledConv2d, compact, trace
+from sppkit.graph import Probe, Site, fold, sites, unfold
+from sppkit.reconstruct import Moments, error, refit
 
-
-class _Reached(Exception):
-    """Ends a forward pass at the layer that was waited for; its arguments are the layer's input and output."""
+Samples = list[tuple[Tensor, Tensor]]  # of each batch: positions (B, points), outputs there (B * points, n)
 
 
 def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor:
     """X (B * points, c * kh * kw) that `conv` reads for output `positions` (B, points), row * output width + column."""
+    inputs = inputs[:, conv.index] if isinstance(conv, SampledConv2d) else inputs
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
     (kh, kw), (dh, dw), (sh, sw), at = conv.kernel_size, conv.dilation, conv.stride, positions[:, :, None, None]
@@ -37,136 +38,252 @@ def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor
 
 @torch.no_grad()
 def sample_layer(
-    network: nn.Module,
-    layer: str,
-    images: Tensor,
-    *,
-    points: int = 10,
-    seed: int = 0,
-    original: nn.Module | None = None,
-    batch_size: int = 100,
+    network: nn.Module, layer: str, images: Tensor, *, points: int = 10, seed: int = 0, batch_size: int = 100
 ) -> tuple[Tensor, Tensor]:
     """Patches X (N, c * kh * kw) and outputs Y (N, n) of one convolution, as `channel_prune` samples them.
 
-    X comes from `network`, Y from `original` (default: the same), both in evaluation mode, before any activation: at
-    `points` distinct positions (at most all) of each prepared image (B, 3, H, W), drawn from `seed`. Raises ValueError
-    for a grouped layer or no convolution, misshapen or infinite images.
+    In evaluation mode, BatchNorm not folded, before any activation: at `points` distinct positions (at most all) of
+    each prepared image (B, 3, H, W), drawn from `seed`. Raises ValueError for a grouped layer or no convolution,
+    misshapen or infinite images.
 
     >>> X, Y = sample_layer(nn.Sequential(nn.Conv2d(3, 8, 5)), "0", torch.randn(2, 3, 9, 9), points=4)
     >>> X.shape, Y.shape
     (torch.Size([8, 75]), torch.Size([8, 8]))
     """
     network = copy.deepcopy(network).eval()
-    original = network if original is None else copy.deepcopy(original).eval()
-    X, Y = zip(*_chunks(network, original, layer, images, points, seed, batch_size), strict=True)
+    graph, conv = trace(network), _convolution(network, layer)
+    nodes = [node for node in graph.nodes if node.target == layer]
+    if not nodes:
+        raise ValueError(f"layer {layer!r} is never run")
+    place = Site(layer, nodes[0], None)
+    samples = _targets(network, graph, {layer: place}, images, points, seed, batch_size)[layer]
+    chunks = _chunks(network, graph, place, conv, images, samples, batch_size)
+    X, Y = zip(*chunks, strict=True)
     return torch.cat(X), torch.cat(Y)
 
 
-def widths(network: nn.Module, example: Tensor, flop_ratio: float) -> dict[str, int]:
+def widths(
+    network: nn.Module,
+    example: Tensor,
+    flop_ratio: float,
+    *,
+    rule: Mapping[str, float] | None = None,
+    samplers: bool = True,
+) -> dict[str, int]:
     """Input channels to keep in each convolution that can lose some, for a FLOP ratio of the whole network.
 
-    One fraction for all, as near to the ratio as a channel allows. `example` is (B, C, H, W). Raises ValueError for a
-    ratio of 1 or less or out of reach.
+    Kept fractions are in the proportions of `rule`, layer -> weight, those without one keep all (default: one fraction
+    for all), as near to the ratio as a channel allows. `example` is (B, C, H, W). Raises ValueError for a ratio of 1 or
+    less or out of reach, an unknown layer, a weight that is not positive.
 
     >>> from sppkit import networks
     >>> widths(networks.create("convnet"), torch.zeros(1, 3, 32, 32), 2)
     {'conv2': 20, 'conv3': 20}
     """
-    links = channel_links(network)
-    plan = make_plan(network, example, flop_ratio=flop_ratio, kind="filter", layers=[*links.values()])
-    return {name: plan.groups.sizes[producer] - plan.targets[producer] for name, producer in links.items()}
+    if not 1 < flop_ratio < math.inf:
+        raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
+    found = sites(network, trace(network), samplers=samplers)
+    weight = dict.fromkeys(found, 1.0) if rule is None else rule
+    if bad := [name for name in weight if name not in found or not weight[name] > 0]:
+        raise ValueError(f"rule: layer {bad[0]!r}, weight {weight[bad[0]]}; positive weights for any of {[*found]}")
+    table = cost.conv_table(network, example).set_index("layer")
+    channels = {name: int(table.at[name, "in_channels"]) for name in weight}
+    # a common scale s keeps s·weight of the channels: the k-th of a layer stays from s = (k - 1/2) / (weight·c)
+    order = sorted((-(k - 0.5) / (weight[name] * c), name) for name, c in channels.items() for k in range(2, c + 1))
+
+    def kept(count: int) -> dict[str, int]:
+        gone = [name for _, name in order[:count]]
+        return {name: c - gone.count(name) for name, c in channels.items()}
+
+    def reached(count: int) -> float:
+        left = _macs(table["macs"], found, channels, kept(count))
+        return float(table["macs"].sum() / left.sum())
+
+    if (most := reached(len(order))) < flop_ratio * (1 - 1e-12):
+        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one channel in each layer gives {most:.2f}")
+    enough = bisect_left(range(len(order) + 1), flop_ratio, key=reached)
+    return kept(min((max(enough - 1, 0), enough), key=lambda count: abs(reached(count) - flop_ratio)))
+
+
+def _macs(macs: "pd.Series[int]", found: Mapping[str, Site], channels: Mapping[str, int], keep: Mapping[str, int]):  # type: ignore[no-untyped-def]
+    """MACs by layer with `keep` of the input `channels`; producers lose the same filters."""
+    left = macs.astype(float)
+    for name, count in keep.items():
+        for layer in (name, found[name].producer):
+            if layer is not None:
+                left[layer] *= count / channels[name]
+    return left.round().astype(int)
+
+
+def channel_prune(network: nn.Module, images: Tensor, **settings: object) -> tuple[nn.Module, pd.DataFrame]:
+    """A smaller network that computes what `mask_channels` leaves, with that function's settings and its table.
+
+    >>> from sppkit import networks
+    >>> network, images = networks.create("resnet20"), torch.randn(20, 3, 32, 32)
+    >>> small, table = channel_prune(network, images, flop_ratio=2)
+    >>> round(cost.flop_ratio(network, small, images), 1)
+    2.0
+    """
+    masked, table = mask_channels(network, images, **settings)  # type: ignore[arg-type]
+    return compact(masked, columns=False), table
 
 
 @torch.no_grad()
-def channel_prune(
+def mask_channels(
     network: nn.Module,
     images: Tensor,
     *,
     flop_ratio: float | None = None,
     keep: Mapping[str, int] | None = None,
+    rule: Mapping[str, float] | None = None,
+    select: str = "lasso",
+    samplers: bool = True,
+    correct: bool = True,
+    renew: bool = False,
     points: int = 10,
     seed: int = 0,
     batch_size: int = 100,
 ) -> tuple[nn.Module, pd.DataFrame]:
-    """A masked copy of `network` with pruned input channels, and what was done to each convolution.
+    """A copy of `network` with pruned input channels as exact zeros, and what was done to each convolution.
 
-    Samples are those of `sample_layer`; widths come from `flop_ratio` (see `widths`) or `keep`, layer -> channels. A
-    layer that keeps all is only refitted; one with fewer live channels keeps those. Each gets a bias. Of the table,
-    error_before is with the old weights of the kept channels, error after the refit (see `reconstruct.error`); alpha
-    and violation are of `lasso.select`. Raises ValueError as those do, and for layers or widths not to be pruned.
+    images: (B, C, H, W), prepared for the network; `points` distinct positions of each are drawn from `seed`.
+    flop_ratio, rule, samplers: see `widths`; or keep: layer -> channels. One that keeps all is refitted only, one with
+    fewer live channels keeps those.
+    select: how channels are chosen, one of `choice.CHOICES`; all get the same refit.
+    correct: the end of a residual branch makes up for what its pruned shortcut lost.
+    renew: BatchNorms, folded meanwhile, get means and variances of the pruned network, instead of the original's.
+
+    Of the table, a row a layer: channels, kept, filters (of which layer they go too; "" behind a sampler), error_before
+    with the old weights of the kept channels and error after the refit (see `reconstruct.error`), alpha and violation
+    (of `lasso.select`), macs before and macs_left, filters gone included. It needs the memory of the samples of all
+    outputs, (B · points) floats an output channel. Raises ValueError as those functions do, and for layers or widths
+    that cannot be pruned.
     """
     if (flop_ratio is None) == (keep is None):
         raise ValueError("give either flop_ratio or keep")
-    original, pruned = copy.deepcopy(network).eval(), copy.deepcopy(network).eval()
-    links = channel_links(original)  # a producer runs before the next: from input to output
+    original, norms = fold(network)
+    pruned, graph = copy.deepcopy(original), trace(original)
+    found = sites(original, graph, samplers=samplers)
     example = images[:1].to(next(pruned.parameters()).device)
-    wanted = keep if keep is not None else widths(original, example, flop_ratio or 0.0)
+    limits = {name: _convolution(original, name).in_channels for name in found}
+    wanted = keep if keep is not None else widths(original, example, flop_ratio or 0.0, rule=rule, samplers=samplers)
     for name, width in wanted.items():
-        if name not in links or not 1 <= width <= _convolution(original, name).in_channels:
-            allowed = {link: f"1..{_convolution(original, link).in_channels}" for link in links}
+        if not 1 <= width <= limits.get(name, 0):
+            allowed = {link: f"1..{limit}" for link, limit in limits.items()}
             raise ValueError(f"keep={width} for layer {name!r}; the layers and widths that can be pruned: {allowed}")
-    rows = []
-    for name in (name for name in links if name in wanted):
+    places = {name: place for name, place in found.items() if name in wanted}
+    if not correct:
+        places = {name: Site(name, place.node, place.producer) for name, place in places.items()}
+    targets = _targets(original, graph, places, images, points, seed, batch_size)
+    rows, statistics, generator = [], dict[str, tuple[Tensor, Tensor]](), torch.Generator().manual_seed(seed)
+    for name, place in places.items():
         try:
-            moments = Moments()
-            for chunk in _chunks(pruned, original, name, images, points, seed, batch_size):
-                moments.add(*chunk)
-            rows.append([name, *_prune_layer(_convolution(pruned, name), moments, wanted[name])])
+            conv, samples = _convolution(pruned, name), targets.pop(name)
+            total = sum(len(Y) for _, Y in samples)
+            chosen = torch.zeros(total, dtype=torch.bool)  # what the choice "paper" sees
+            chosen[torch.randperm(total, generator=generator)[: min(400, max(total // 20, 1))]] = True
+            moments, few, start = Moments(), Moments(), 0
+            for X, Y in _chunks(pruned, graph, place, conv, images, samples, batch_size):
+                moments.add(X, Y)
+                here, start = chosen[start : start + len(X)].to(X.device), start + len(X)
+                if select == "paper" and here.any():
+                    few.add(X[here], Y[here])
+            producer = None if place.producer is None else _convolution(original, place.producer).weight
+            row = _prune_layer(conv, moments, few, wanted[name], select, producer, generator)
+            rows.append([name, conv.in_channels, row[0], place.producer or "", *row[1:]])
+            statistics[name] = _output_statistics(conv, moments)
         except ValueError as problem:
             raise ValueError(f"layer {name!r}: {problem}") from problem
-    for module, like in zip(pruned.modules(), network.modules(), strict=True):
-        module.training = like.training
-    columns = ["layer", "channels", "kept", "error_before", "error", "alpha", "violation"]
-    return pruned, pd.DataFrame(rows, columns=columns)
+    columns = ["layer", "channels", "kept", "filters", "error_before", "error", "alpha", "violation"]
+    table = pd.DataFrame(rows, columns=columns)
+    macs = cost.conv_table(original, example).set_index("layer")["macs"]
+    left = _macs(macs, found, limits, dict(zip(table["layer"], table["kept"], strict=True)))
+    table["macs"], table["macs_left"] = ([int(each[name]) for name in table["layer"]] for each in (macs, left))
+    return unfold(pruned, network, norms, statistics if renew else None), table
 
 
-def _prune_layer(conv: nn.Conv2d, moments: Moments, keep: int) -> tuple[float, ...]:
-    """Select, refit and mask one convolution in place; its row of the table."""
+def _prune_layer(
+    conv: nn.Conv2d,
+    moments: Moments,
+    few: Moments,
+    keep: int,
+    select: str,
+    producer: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[float, ...]:
+    """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation."""
     bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
     kept, alpha, violation = torch.arange(conv.in_channels, device=bias.device), 0.0, 0.0
     if keep < conv.in_channels:
-        gram, correlation = lasso_problem(moments, conv.weight)
-        found = select(gram, correlation, min(keep, max(int((gram.diagonal() > 0).sum()), 1)))
-        kept, alpha, violation = found.kept, found.alpha, found.violation
+        kept, alpha, violation = choice.choose(select, moments, few, conv, keep, producer, generator)
     before = error(moments, conv.weight[:, kept], bias, kept)
     fit = refit(moments, kept, (conv.kernel_size[0], conv.kernel_size[1]))
     conv.weight.zero_()
     conv.weight[:, kept] = fit.weight.to(conv.weight)
     conv.bias = nn.Parameter(fit.bias.to(conv.weight))
-    return conv.in_channels, len(kept), before, fit.error, alpha, violation
+    left = conv.weight.ne(0).transpose(0, 1).flatten(1).any(1)  # (c,): one that was 0 in every sample gets no weight
+    return int(left.sum()), before, fit.error, alpha, violation
+
+
+def _output_statistics(conv: nn.Conv2d, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Mean and variance (n,) of the convolution's output over the samples, from their moments."""
+    assert conv.bias is not None
+    W = conv.weight.double().flatten(1)  # (n, d)
+    return W @ moments.mean_x + conv.bias.double(), ((W @ moments.xtx) * W).sum(1) / moments.count
+
+
+def _targets(
+    network: nn.Module,
+    graph: fx.Graph,
+    places: Mapping[str, Site],
+    images: Tensor,
+    points: int,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Samples]:
+    """In one pass, for each place its positions and what it is to reproduce there: its output, or the sum it enters."""
+    if images.ndim != 4 or not len(images) or not images.isfinite().all() or points < 1:
+        raise ValueError(f"images {tuple(images.shape)} must be (B > 0, C, H, W), all finite, and points={points} > 0")
+    samples: dict[str, Samples] = {name: [] for name in places}
+    generators = {name: torch.Generator().manual_seed(seed) for name in places}  # on the CPU: the same on any device
+
+    def see(name: str) -> Callable[[Tensor], None]:
+        def sample(output: Tensor) -> None:
+            drawn = torch.rand(len(output), output[0, 0].numel(), generator=generators[name])
+            positions = drawn.topk(min(points, drawn.shape[1])).indices.to(output.device)  # (B, points), distinct
+            samples[name].append((positions, _at(output, positions)))
+
+        return sample
+
+    probe = Probe(network, graph, after={place.total or place.node: see(name) for name, place in places.items()})
+    device = next(network.parameters()).device
+    for batch in images.split(batch_size):
+        probe.look(batch.to(device))
+    return samples
 
 
 def _chunks(
-    network: nn.Module, original: nn.Module, layer: str, images: Tensor, points: int, seed: int, batch_size: int
+    network: nn.Module, graph: fx.Graph, place: Site, conv: nn.Conv2d, images: Tensor, samples: Samples, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """X and Y of `sample_layer`, batch by batch; the networks are in evaluation mode."""
-    if images.ndim != 4 or not len(images) or not images.isfinite().all() or points < 1:
-        raise ValueError(f"images {tuple(images.shape)} must be (B > 0, C, H, W), all finite, and points={points} > 0")
-    conv, generator = _convolution(network, layer), torch.Generator().manual_seed(seed)  # on the CPU: same positions
-    for batch in images.split(batch_size):
-        batch = batch.to(conv.weight.device)
-        inputs, output = _capture(network, conv, batch)
-        output = output if original is network else _capture(original, _convolution(original, layer), batch)[1]
-        drawn = torch.rand(len(output), output[0, 0].numel(), generator=generator)
-        positions = drawn.topk(min(points, drawn.shape[1])).indices.to(output.device)  # (B, points), distinct
-        Y = output.flatten(2).mT.take_along_dim(positions[:, :, None], 1).flatten(0, 1)  # (B * points, n)
-        yield sample_patches(inputs, conv, positions), Y
+    """X and Y of a place, batch by batch; the layers after it are not run."""
+    seen: dict[str, Tensor] = {}
+
+    def patches(inputs: Tensor) -> None:
+        seen["X"] = sample_patches(inputs, conv, seen["positions"])
+
+    def shortcut(*terms: Tensor) -> None:
+        seen["shortcut"] = _at(terms[place.shortcut], seen["positions"])
+
+    looks = {place.node: patches} | ({} if place.total is None else {place.total: shortcut})
+    probe = Probe(network, graph, before=looks)
+    for batch, (seen["positions"], Y) in zip(images.split(batch_size), samples, strict=True):
+        probe.look(batch.to(conv.weight.device))
+        yield seen["X"], Y - seen["shortcut"] if place.total is not None else Y  # Y1 - Y1' + Y2
 
 
-def _capture(network: nn.Module, layer: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's input and its own output when `batch` goes in; the layers after it are not run."""
-
-    def reached(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        raise _Reached(arguments[0], output)
-
-    handle = layer.register_forward_hook(reached)
-    try:
-        network(batch)
-    except _Reached as caught:
-        return caught.args[0], caught.args[1]
-    finally:
-        handle.remove()
-    raise ValueError("the network never runs this layer")
+def _at(output: Tensor, positions: Tensor) -> Tensor:
+    """Values (B * points, n) of a feature map (B, n, H, W) at positions (B, points)."""
+    return output.flatten(2).mT.take_along_dim(positions[:, :, None], 1).flatten(0, 1)
 
 
 def _convolution(network: nn.Module, name: str) -> nn.Conv2d:

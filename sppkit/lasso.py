@@ -57,7 +57,7 @@ def select(gram: Tensor, correlation: Tensor, keep: int) -> Selection:
     ([1, 2], [0.0, 2.0, 1.0], 1.0)
     """
     G, q, energy, top = _scaled(gram, correlation)
-    _, betas, active = _path(G, q)
+    _, betas, active = _path(G, q, keep)
     widths = active.sum(1)  # of the stretches: up or down by one, so none is left out
     if not 1 <= keep <= widths.max(initial=0):
         found = f"{widths.max(initial=0)}, what the path reaches of {int((np.diag(G) > 0).sum())} live channels"
@@ -70,6 +70,43 @@ def select(gram: Tensor, correlation: Tensor, keep: int) -> Selection:
     alpha = float(np.abs(residual).max())
     violation = np.abs(residual - alpha * np.sign(beta))[beta != 0].max(initial=0.0)
     kept, beta = (torch.from_numpy(a).to(gram.device) for a in (np.flatnonzero(active[k]), beta * (top / energy)))
+    return Selection(kept=kept, beta=beta, alpha=alpha * top, violation=float(violation))
+
+
+def search(gram: Tensor, correlation: Tensor, keep: int, *, start: float = 1e-3, tolerance: float = 0.1) -> Selection:
+    """What the authors' code accepts: `keep` channels or up to `tolerance` more, at an alpha found by bisection.
+
+    alpha doubles from `start`, in units of the correlation, until fewer than `keep` coefficients are left, then the
+    interval below is halved until the count fits. The coefficients are exact here; there coordinate descent finds
+    them, and the first `start` is the last layer's. Fields, and ValueError, as `select`.
+
+    >>> search(torch.eye(3), torch.tensor([0.1, 0.3, 0.2]), keep=1).kept.tolist()
+    [1]
+    """
+    G, q, energy, top = _scaled(gram, correlation)
+    most = int((1 + tolerance) * keep)
+    alphas, betas, active = _path(G, q, min(most + 1, len(q)))
+    if not 1 <= keep <= active.sum(1).max(initial=0):
+        raise ValueError(f"keep={keep} must lie in 1..{active.sum(1).max(initial=0)}, what the path reaches")
+
+    def count(alpha: float) -> int:
+        return 0 if alpha >= alphas[0] else int(active[min(int((alphas > alpha).sum()), len(active)) - 1].sum())
+
+    low, high = 0.0, start / (top or 1.0)
+    while count(high) >= keep:
+        high *= 2
+    for _ in range(200):
+        alpha = (low + high) / 2
+        if keep <= (found := count(alpha)) <= most:
+            break
+        low, high = (alpha, high) if found > most else (low, alpha)
+    else:
+        raise ValueError(f"no alpha leaves {keep} to {most} channels: several enter together; use `select`")
+    k = int((alphas > alpha).sum()) - 1
+    share = 0.0 if k + 1 == len(alphas) else (alphas[k] - alpha) / (alphas[k] - alphas[k + 1])
+    beta = betas[k] + share * (betas[min(k + 1, len(betas) - 1)] - betas[k])
+    violation = np.abs(q - G @ beta - alpha * np.sign(beta))[beta != 0].max(initial=0.0)
+    kept, beta = (torch.from_numpy(a).to(gram.device) for a in (np.flatnonzero(beta), beta * (top / energy)))
     return Selection(kept=kept, beta=beta, alpha=alpha * top, violation=float(violation))
 
 
@@ -89,11 +126,12 @@ def _scaled(gram: Tensor, correlation: Tensor) -> tuple[np.ndarray, np.ndarray, 
 
 
 @threadpool_limits.wrap(limits=1)  # the matrices are small
-def _path(G: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _path(G: np.ndarray, q: np.ndarray, keep: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Homotopy: alphas (K,), betas (K, c) and which channels are active between two knots, (K - 1, c).
 
     On a stretch with active channels A and signs s, beta_A = G_AA^-1 (q_A - alpha s), and |q - G beta| <= alpha for the
     others. Each is solved afresh: no errors build up, ties end in stretches of zero length (`lars_path_gram` fails).
+    Ends early at the first knot of a stretch with `keep` channels where all of them are still there.
     """
     c, alpha, norm = len(q), float(np.abs(q).max()), np.sqrt(np.diag(G))
     sign = np.where(np.arange(c) == np.abs(q).argmax(), np.sign(q), 0.0)  # 0 off the active set
@@ -120,4 +158,6 @@ def _path(G: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
         beta[sign * beta <= ROUNDING * np.abs(beta).max()] = 0.0  # a channel that left, or that a tie holds at 0
         alphas.append(alpha)
         betas.append(beta)
+        if keep == len(on) == np.count_nonzero(beta):
+            break
     return np.array(alphas), np.array(betas), active

@@ -68,7 +68,7 @@ class Pruner:
     plan: Plan
     _: KW_ONLY
     method: str = "spp"  # one of `methods.METHODS`
-    interval: int = 180  # t, training steps between two updates (`before` and `sppkit.train.fit` count them)
+    interval: int = 180  # t, training steps between two updates (`before` and a training loop count them)
     rounds: int = 150  # updates of the methods that remove a planned share at each
     A: float = 0.05  # SPP eq. (3), like u
     u: float = 0.25

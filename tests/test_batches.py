@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-from sppkit.batches import Batches, Normalise, evaluation
-from sppkit.data import Split
+from training import Batches, Normalise, evaluation
+from training.data import Split
 
 
 def split(count: int = 10, size: int = 6, seed: int = 0) -> Split:

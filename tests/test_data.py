@@ -17,10 +17,8 @@ import torchvision.datasets.cifar
 import torchvision.datasets.imagenette
 from PIL import Image
 from torchvision.datasets import CIFAR10
-
-from sppkit import data
-from sppkit.batches import Normalise
-from sppkit.data import Split
+from training import Normalise, data
+from training.data import Split
 
 REAL = Path(__file__).parents[1] / "data"
 CIFAR10_FILES = [*(file for file, _ in [*CIFAR10.train_list, *CIFAR10.test_list]), CIFAR10.meta["filename"]]

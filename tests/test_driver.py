@@ -14,12 +14,12 @@ import torch
 from driver import Limits, baseline, run, run_all
 from settings import Experiment, Places, expand
 from settings import lines as lines_of
+from training import OutOfTime
+from training.data import ImageData, load
 
 from sppkit import networks, state
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
-from sppkit.data import ImageData, load
-from sppkit.train import OutOfTime
 
 IDENTITY = ("experiment", "network", "dataset", "method", "seed", "baseline_id", "device", "torch", "revision")
 RESULTS = ("flop_ratio_target", "flop_ratio", "acc_baseline", "acc_pruned", "acc_final", "steps", "seconds")
@@ -90,7 +90,7 @@ def test_the_flop_ratio_is_that_of_a_compact_network(finished: Places) -> None:
 def test_what_is_recorded_is_not_run_again(
     finished: Places, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "training", lambda *_, **__: pytest.fail("it was run again"))
+    monkeypatch.setattr(driver, "stepwise", lambda *_, **__: pytest.fail("it was run again"))
     before = lines(finished, "small")
     assert [run(replace(SMALL, method=method), digits, finished) for method in ("spp", "cp")] == before
     assert lines(finished, "small") == before

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training import Training, TrainingStep, data, loop
 
-from sppkit import data, kernels, networks, train
+from sppkit import kernels, networks
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
-from sppkit.step import Training, TrainingStep
 
 pytestmark = pytest.mark.gpu
 SETTINGS = Training(steps=40, batch_size=64, lr=1e-3, weight_decay=0.004, normalise="mean_image")
@@ -124,12 +124,12 @@ def test_pruning_resumes_on_a_gpu(digits, tmp_path, monkeypatch, precision):
         path = tmp_path / f"{stops}.safetensors"
         if stops:
             with monkeypatch.context() as patch:
-                patch.setattr(train.time, "monotonic", iter(range(1000)).__next__)
-                with pytest.raises(train.OutOfTime, match="at step 30 of 200"):
-                    train.fit(network, digits, settings, pruner=pruner, checkpoint=path, deadline=31)
+                patch.setattr(loop.time, "monotonic", iter(range(1000)).__next__)
+                with pytest.raises(loop.OutOfTime, match="at step 30 of 200"):
+                    loop.fit(network, digits, settings, pruner=pruner, checkpoint=path, deadline=31)
             network = make(seed=1)
             pruner = prune(network, interval=2, seed=1)
-        history = train.fit(network, digits, settings, pruner=pruner, checkpoint=path)
+        history = loop.fit(network, digits, settings, pruner=pruner, checkpoint=path)
         assert pruner.updates == 100
         results.append((pruner.probability.clone(), history["loss"]))
     assert results[0][1].iloc[0] == pytest.approx(results[1][1].iloc[0], rel=1e-2)

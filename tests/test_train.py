@@ -16,15 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import Batches, Normalise, Training, TrainingStep, evaluate, fit, loop
+from training.data import ImageData, Split
 
-from sppkit import networks, state, train
-from sppkit.batches import Batches, Normalise
-from sppkit.data import ImageData, Split
+from sppkit import networks, state
 from sppkit.groups import Groups
 from sppkit.plan import Plan
 from sppkit.pruner import Pruner
-from sppkit.step import Training, TrainingStep
-from sppkit.train import evaluate, fit
 
 SETTINGS = Training(steps=14, batch_size=8, lr=1e-3, weight_decay=0.004, milestones=(5, 9), normalise="mean_image")
 GOALS = {"conv1": 30, "conv2": 300}
@@ -74,13 +72,13 @@ def ticking() -> Iterator[None]:
     """Every look at the clock is a second later than the last."""
     ticks = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
+        patch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
         yield
 
 
 def stop_after(seconds: float, *arguments: object, **options: object) -> int:
     """Run until the ticking clock stops it; the step at which it stopped."""
-    with ticking(), pytest.raises(train.OutOfTime) as caught:
+    with ticking(), pytest.raises(loop.OutOfTime) as caught:
         fit(*arguments, deadline=seconds, **options)  # type: ignore[arg-type]
     return int(str(caught.value).split()[3])
 
@@ -379,7 +377,7 @@ def test_statistics_are_renewed_as_means_over_batches(images: ImageData) -> None
     network = make("dropout")
     network[1].running_mean.fill_(9.0)
     settings = replace(SETTINGS, normalise="channel")
-    train.renew_statistics(network, images, settings, batches=2)
+    loop.renew_statistics(network, images, settings, batches=2)
     batches = settings.batches(images.train)
     outputs = [network[0](batches.select(step).batch()[0]).detach() for step in range(2)]
     torch.testing.assert_close(network[1].running_mean, torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0))
@@ -402,7 +400,7 @@ def test_a_checkpoint_is_written_first_and_every_minute(
     images: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = itertools.count(step=25)
-    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
     saved: list[int] = []
     monkeypatch.setattr(TrainingStep, "save", lambda self, path, step, history: saved.append(step))
     fit(make("dropout"), images, replace(SETTINGS, steps=8), checkpoint=tmp_path / "run")

@@ -14,12 +14,12 @@ import torch
 from settings import Experiment, Places
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import Training, TrainingStep
+from training.data import load
 from variants import VariedPruner, chosen, gone
 
 from sppkit import networks
-from sppkit.data import load
 from sppkit.plan import make_plan
-from sppkit.step import Training, TrainingStep
 
 LR, DECAY = 0.05, 0.02
 

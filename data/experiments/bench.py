@@ -8,12 +8,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from training import Training, TrainingStep
+from training.data import ImageData, device_name, load, resolve_device
+from training.step import precision_flags
 
 from sppkit import networks
-from sppkit.data import ImageData, device_name, load, resolve_device
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
-from sppkit.step import Training, TrainingStep, precision_flags
 
 IMAGES: dict[str, Any] = {"normalise": "channel", "crop_padding": 4, "flip": True}
 SOLVERS: dict[str, dict[str, Any]] = {

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from settings import Experiment, Places, expand
 from torch import nn
+from training import Normalise, OutOfTime, evaluate, evaluation, renew_statistics, stepwise
+from training.data import ImageData, Split, device_name, load, resolve_device
+from training.loop import exhaust
+from training.step import precision_flags
 from variants import VariedPruner, chosen
 
 from sppkit import cost, cp, networks, state
-from sppkit.batches import Normalise, evaluation
 from sppkit.compact import compact
-from sppkit.data import ImageData, Split, device_name, load, resolve_device
 from sppkit.methods import cut, taylor_scores
 from sppkit.plan import make_plan, pca_sensitivity
 from sppkit.pruner import Pruner
-from sppkit.step import precision_flags
-from sppkit.train import OutOfTime, evaluate, exhaust, renew_statistics, training
 
 AHEAD = 8  # steps
 TRACE = 4_000_000  # numbers in one recorded trace at most; longer ones are thinned out
@@ -76,7 +76,7 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     dense, settings, work = cost.summary(network, example), experiment.phase("retrain"), places.work / experiment.run_id
     method = _cp if experiment.method == "cp" else _train_masks
     pruned, pruner, notes = yield from method(network, data, experiment, places, limits)
-    history = yield from training(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
+    history = yield from stepwise(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
     small = compact(pruned, example)
     left = cost.summary(small, example)
     moving = experiment.method in ("spp", "gradual", "deterministic") and not experiment.columns_of
@@ -126,7 +126,7 @@ def _baseline(
         if trained_on != size:
             raise ValueError(f"{path} was trained on {trained_on}-pixel images, not {size}; move it away")
     else:
-        yield from training(network, data, settings, **limits(places.work / name))
+        yield from stepwise(network, data, settings, **limits(places.work / name))
         state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=size)
     identity = network_id(network)
     if found is None:
@@ -176,7 +176,7 @@ def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: 
         pruner.load_state(tensors)
         network.load_state_dict({name: tensors[f"network/{name}"] for name in network.state_dict()})
         return network, pruner, description["notes"]
-    history = yield from training(network, data, settings, pruner=pruner, **limits(work / "prune.safetensors"))
+    history = yield from stepwise(network, data, settings, pruner=pruner, **limits(work / "prune.safetensors"))
     undecided = dict[str, int]()
     # these may never end (notebooks 02, 09): the likeliest groups go, and it is noted
     if not pruner.finished and (plan.form == "literal" or plan.siblings):
@@ -207,11 +207,11 @@ def _cp(network: nn.Module, data: ImageData, plan: Experiment, places: Places, l
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     chosen = data.train.images[order[: plan.images].to(data.train.images.device)]
     images = Normalise.of(data.train, plan.normalise)(chosen)
-    masked, table = cp.channel_prune(network, images, flop_ratio=plan.flop_ratio, points=plan.points, seed=seed)
+    masked, table = cp.mask_channels(network, images, flop_ratio=plan.flop_ratio, points=plan.points, seed=seed)
     accuracy = evaluate(masked, data, plan.phase("retrain"))
     notes = {"seconds": time.monotonic() - begin, "acc_pruned": accuracy, "layers": table.to_dict("records")}
     yield
-    return compact(masked, images[:64]), None, notes
+    return compact(masked, images[:64], columns=False), None, notes
 
 
 def run_all(

@@ -10,9 +10,10 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from training import Training
+from training.data import project_root
+
 from sppkit import methods, plan
-from sppkit.data import project_root
-from sppkit.step import Training
 
 METHODS = ("baseline", "cp", *methods.METHODS)
 # Settings that came after the first records: they enter a run's id only where they differ from their default

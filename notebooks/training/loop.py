@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from sppkit.batches import Normalise, evaluation
-from sppkit.data import ImageData
 from sppkit.pruner import Pruner
-from sppkit.step import Training, TrainingStep, autocast, precision_flags
+from training.batches import Normalise, evaluation
+from training.data import ImageData
+from training.step import Training, TrainingStep, autocast, precision_flags
 
 SAVE_EVERY = 60  # seconds between checkpoints
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ class OutOfTime(Exception):
     """The deadline came before the last step; the checkpoint holds the state to go on from."""
 
 
-def training(
+def stepwise(
     network: nn.Module,
     data: ImageData,
     settings: Training,
@@ -100,8 +100,8 @@ def exhaust(generator: Generator[None, None, Result]) -> Result:
 
 
 def fit(network: nn.Module, data: ImageData, settings: Training, **options: Any) -> pd.DataFrame:
-    """`training`, with its options, run to its end."""
-    return exhaust(training(network, data, settings, **options))
+    """`stepwise`, with its options, run to its end."""
+    return exhaust(stepwise(network, data, settings, **options))
 
 
 def renew_statistics(network: nn.Module, data: ImageData, settings: Training, *, batches: int = 100) -> None:

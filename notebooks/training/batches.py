@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sppkit.data import Split
+from training.data import Split
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sppkit import state
-from sppkit.batches import Batches, Normalise
-from sppkit.data import ImageData, Split
 from sppkit.pruner import Pruner
+from training.batches import Batches, Normalise
+from training.data import ImageData, Split
 
 
 @dataclass(frozen=True)

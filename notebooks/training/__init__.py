@@ -1,0 +1,11 @@
+"""How networks are trained here, in notebooks and experiments alike: on any device, captured as a CUDA graph on a GPU.
+
+`step` is one training step and its settings, `loop` trains with it, resumes, evaluates; `batches` draws the images.
+"""
+
+from training.batches import Batches, Normalise, evaluation
+from training.loop import OutOfTime, evaluate, fit, renew_statistics, stepwise
+from training.step import Training, TrainingStep
+
+__all__ = ["Batches", "Normalise", "OutOfTime", "Training", "TrainingStep", "evaluate", "evaluation", "fit"]
+__all__ += ["renew_statistics", "stepwise"]

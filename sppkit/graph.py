@@ -1,0 +1,153 @@
+"""What channel pruning needs of a network's graph (torch.fx): places to prune, values on the way, BatchNorm folded.
+
+A convolution whose input comes from one other convolution alone is pruned together with that one's filters. Where the
+input is shared, as in a residual block, a channel sampler picks from it. Where the output enters a sum with a shortcut,
+the sum is what is to be reproduced (arXiv 1707.06168, section 3.3).
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sppkit.compact import channel_links, trace
+
+Looks = Mapping[fx.Node, Callable[..., None]]
+SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A convolution whose input channels can be pruned, in a graph."""
+
+    layer: str
+    node: fx.Node
+    producer: str | None  # the convolution that loses the same filters; None: a channel sampler picks from the input
+    total: fx.Node | None = None  # the sum that the output enters
+    shortcut: int = 0  # which argument of the sum is the other one
+
+
+def sites(network: nn.Module, graph: fx.Graph, *, samplers: bool = True) -> dict[str, Site]:
+    """Where channels can be pruned, by layer, in the order in which layers run; `graph` is a trace of `network`.
+
+    Left alone: grouped convolutions, those that read the image, and a shortcut's projection, which lies between a
+    shared input and a sum. `samplers=False` leaves every shared input alone. Raises ValueError as `compact.flows`.
+    """
+    links, found, reads_features = channel_links(network), dict[str, Site](), set[fx.Node]()
+    for node in graph.nodes:
+        conv = network.get_submodule(node.target) if node.op == "call_module" else None
+        features = any(source in reads_features for source in node.all_input_nodes)
+        if features or isinstance(conv, nn.Conv2d):
+            reads_features.add(node)
+        if not (isinstance(conv, nn.Conv2d) and conv.groups == 1 and features):
+            continue
+        producer, end = links.get(node.target), node
+        while len(end.users) == 1 and _is_identity(network, user := next(iter(end.users))):
+            end = user
+        total = next(iter(end.users)) if len(end.users) == 1 else None
+        if total is None or total.target not in SUMS or len({*total.all_input_nodes}) != 2:
+            total = None
+        if producer or (samplers and total is None):
+            other = 0 if total is None else 1 - list(total.args).index(end)
+            found[node.target] = Site(node.target, node, producer, total, other)
+    return found
+
+
+def _is_identity(network: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), nn.Identity)
+
+
+class Probe(fx.Interpreter):
+    """Runs a network and shows values as they are at that moment: some operations overwrite them later.
+
+    before: node -> called with the node's arguments; after: node -> called with its value. A pass ends with the last.
+    """
+
+    def __init__(self, network: nn.Module, graph: fx.Graph, *, before: Looks | None = None, after: Looks | None = None):
+        super().__init__(fx.GraphModule(network, graph))  # copies the graph: nodes are found again by name
+        self.plan = [*cast(fx.GraphModule, self.module).graph.nodes]
+        self.before = {node.name: look for node, look in (before or {}).items()}
+        self.after = {node.name: look for node, look in (after or {}).items()}
+
+    def look(self, batch: Tensor) -> None:
+        """One pass, as far as there is something to show."""
+        self.env, self.args_iter = {}, iter([batch])
+        ahead = {*self.before, *self.after}
+        for node in self.plan:
+            if look := self.before.get(node.name):
+                look(*self.fetch_args_kwargs_from_env(node)[0])
+            ahead.discard(node.name)
+            if not ahead and node.name not in self.after:
+                break
+            self.env[node] = self.run_node(node)
+            if look := self.after.get(node.name):
+                look(self.env[node])
+            if not ahead:
+                break
+            for done in self.user_to_last_uses.get(node, []):
+                del self.env[done]
+        self.env = {}
+
+
+def fold(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """A copy in evaluation mode, each BatchNorm right behind a convolution merged into it; convolution -> BatchNorm."""
+    folded, norms = copy.deepcopy(network).eval(), dict[str, str]()
+    for node in trace(folded).nodes:
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        if node.op != "call_module" or user is None or user.op != "call_module":
+            continue
+        conv, norm = folded.get_submodule(node.target), folded.get_submodule(str(user.target))
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+            folded.set_submodule(node.target, fuse_conv_bn_eval(conv, norm))
+            folded.set_submodule(str(user.target), nn.Identity())
+            norms[node.target] = str(user.target)
+    return folded, norms
+
+
+@torch.no_grad()
+def unfold(
+    folded: nn.Module,
+    network: nn.Module,
+    norms: Mapping[str, str],
+    statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> nn.Module:
+    """A copy of `network` that computes what `folded` does, in evaluation mode, with the BatchNorms put back.
+
+    They keep their running means and variances, or get those that `statistics` gives for a folded convolution's output:
+    layer -> mean (n,), variance (n,). Either way the function is the same; training starts from other batches' scale.
+    """
+    result = copy.deepcopy(network)
+    for name, conv in folded.named_modules():
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        own = result.get_submodule(name)
+        assert isinstance(own, nn.Conv2d)
+        if name not in norms:
+            own.weight.copy_(conv.weight)
+            own.bias = None if conv.bias is None else nn.Parameter(conv.bias.clone())
+            continue
+        norm = result.get_submodule(norms[name])
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert conv.bias is not None
+        gain = norm.weight if norm.affine else torch.ones_like(norm.running_var)
+        scale = gain / (norm.running_var + norm.eps).sqrt()  # (n,)
+        scale = torch.where(scale.abs() > 1e-6 * scale.abs().max(), scale, 1.0)  # a filter that was switched off
+        start = own.bias if own.bias is not None else torch.zeros_like(scale)
+        own.weight.copy_(conv.weight / scale[:, None, None, None])
+        if statistics and name in statistics:
+            mean, variance = (value.to(scale) for value in statistics[name])
+            norm.running_mean.copy_((mean - conv.bias) / scale + start)
+            norm.running_var.copy_(variance / scale.square())
+        if not norm.affine:
+            norm.affine = True
+            norm.weight, norm.bias = (nn.Parameter(torch.empty_like(scale)) for _ in range(2))
+        norm.weight.copy_(scale * (norm.running_var + norm.eps).sqrt())
+        norm.bias.copy_(conv.bias + scale * (norm.running_mean - start))
+    return result
