@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
-from records import caption, departures, read, retraining_decay, summary_table
+from records import caption, departures, read, retraining_decay, summary_table, varied
 
 from sppkit import state
 
@@ -124,18 +124,21 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([head, "|" + "---|" * len(table.columns), *rows])
 
 
-def table(name: str, root: Path, *, flop_ratio: float | None = None) -> str:
-    """The methods of data/runs/<name>.jsonl and the caption in Markdown, as the README shows them.
+def tables(name: str, root: Path, *, flop_ratio: float | None = None) -> list[str]:
+    """The runs of data/runs/<name>.jsonl in Markdown with captions: the methods, then controlled departures from them.
 
-    Without controlled departures, which the notebooks show. ValueError where `flop_ratio` was not a target of any run.
+    What of the two a list does not have is left out. ValueError for a list without records, and where `flop_ratio` was
+    not a target of any run.
     """
     runs = read(name, root)
-    runs = runs[runs["settings"].map(departures) == ""]
     if flop_ratio is not None:
         targets, runs = sorted(set(runs["flop_ratio_target"])), runs[runs["flop_ratio_target"] == flop_ratio]
         if runs.empty:
             raise ValueError(f"no run of {name!r} has flop_ratio={flop_ratio:g}; there are {targets}")
-    return f"{markdown(summary_table(runs))}\n\n{caption(runs)}"
+    runs = runs.assign(title=runs["title"] + varied(runs))
+    plain = runs["settings"].map(departures) == ""
+    parts = [part for part in (runs[plain], runs[~plain]) if len(part)]
+    return [f"{markdown(summary_table(part))}\n\n{caption(part)}" for part in parts]
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -149,4 +152,4 @@ def report(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("experiment", nargs="?", default="s1-convnet", help="name of a file in data/runs")
     parser.add_argument("--flop-ratio", type=float, help="only the runs with this target")
     options = parser.parse_args(arguments)
-    print(table(options.experiment, options.root, flop_ratio=options.flop_ratio))
+    print("\n\n".join(tables(options.experiment, options.root, flop_ratio=options.flop_ratio)))

@@ -29,10 +29,12 @@ TITLES = {
 
 def read(name: str, root: Path | None = None) -> pd.DataFrame:
     """The records of data/runs/<name>.jsonl, a row a run, with `title` of the method and points `lost`."""
-    path = (root or project_root()) / "data" / "runs" / f"{name}.jsonl"
-    if not path.exists():
-        raise ValueError(f"no records of {name!r} in {path.parent}; `python -m sppkit run` makes them")
-    runs = pd.DataFrame(map(json.loads, path.read_text().splitlines()))
+    folder = (root or project_root()) / "data" / "runs"
+    found = {path.stem: path for path in sorted(folder.glob("*.jsonl")) if path.stat().st_size}
+    if name not in found:
+        there = f"there are {', '.join(found)}" if found else "nor of anything else"
+        raise ValueError(f"no records of {name!r} in {folder}, {there}; `python -m sppkit run` makes them")
+    runs = pd.DataFrame(map(json.loads, found[name].read_text().splitlines()))
     titles = [*map(title, runs["method"], runs["settings"])]
     return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
 
@@ -78,6 +80,24 @@ def departures(settings: dict[str, Any]) -> str:
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
     names = {**TITLES, "taylor": "gradient · weight", "first": "first norms"}
     return "".join(f", {texts[key].format(names.get(value, value))}" for key, value in found.items())
+
+
+def varied(runs: pd.DataFrame) -> pd.Series:
+    """What runs of one title vary, a text a run: settings that differ from what most of them have, if most agree.
+
+    >>> settings = [{"u": 0.25}, {"u": 0.25}, {"u": 0.5}]
+    >>> varied(pd.DataFrame({"title": ["SPP"] * 3, "settings": settings})).tolist()
+    ['', '', ', u = 0.5']
+    """
+    names = ("interval", "A", "u", "form", "gradient", "rescale", "rule", "prune_lr", "retrain_steps")
+    texts = pd.Series("", index=runs.index)
+    for name in (*names, "retrain_weight_decay"):
+        values = runs["settings"].map(lambda settings, name=name: settings.get(name))  # older records lack some
+        most = {title: group.mode() for title, group in values.groupby(runs["title"])}
+        usual = runs["title"].map({title: modes[0] for title, modes in most.items() if len(modes) == 1})
+        other = values.notna() & (values != usual)
+        texts[other] += [f", {name} = {value}" for value in values[other]]
+    return texts
 
 
 def mean_and_spread(values: pd.Series) -> str:
