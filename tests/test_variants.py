@@ -78,6 +78,66 @@ def test_what_happens_to_a_masked_group(masked: str) -> None:
     torch.testing.assert_close(pruner._weight[hidden], (weight - LR * velocity)[hidden], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("ranking", ["norm", "taylor"])
+def test_expected_masks_scale_weights_gradients_and_momentum(ranking: str) -> None:
+    net, pruner, optimizer = set_up(masks="expected", ranking=ranking)
+    pruner.probability.copy_(torch.rand(51, generator=torch.Generator().manual_seed(0)))
+    pruner.probability[:5], pruner.probability[5:9] = 1.0, 0.0
+    random = pruner.generator.get_state()
+    for number in range(3):
+        step(net, pruner, optimizer, number)
+    weight, momentum = pruner._weight.clone(), pruner._momentum.clone()
+    stays = 1 - pruner.probability
+    share = torch.cat([stays[:27].expand(6, 27).flatten(), stays[27:].expand(4, 24).flatten()])
+    shown = [
+        (net[i].weight.detach() * stays[part].view(1, *net[i].weight.shape[1:])).requires_grad_()
+        for i, part in ((0, slice(27)), (2, slice(27, 51)))
+    ]
+    x, y = batch(3)
+    h = F.conv2d(F.relu(F.conv2d(x, shown[0], net[0].bias)), shown[1], net[2].bias)
+    gradients = torch.autograd.grad(F.cross_entropy(net[4](h.flatten(1)), y), shown)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    step(net, pruner, optimizer, 3)
+    velocity = 0.9 * share * momentum + share * flat + DECAY * weight
+    torch.testing.assert_close(pruner._weight, weight - LR * velocity, rtol=1e-5, atol=1e-7)
+    assert torch.equal(pruner.generator.get_state(), random), "nothing is drawn"
+
+
+def test_expected_masks_of_0_and_1_are_masks() -> None:
+    results = []
+    for masks in ("drawn", "expected"):
+        net, pruner, optimizer = set_up(masks=masks)
+        pruner.probability.copy_((torch.arange(51) % 3 == 0).float())
+        for number in range(4):
+            step(net, pruner, optimizer, number)
+        results.append((pruner._weight.clone(), pruner._momentum.clone()))
+    for drawn, expected in zip(*results, strict=True):
+        torch.testing.assert_close(drawn, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_expected_masks_end_at_the_plan_and_resume(tmp_path: Path) -> None:
+    small = Experiment(
+        "small", masks="expected", batch_size=16, baseline_steps=5, baseline_milestones=(), interval=1,
+        prune_steps=60, retrain_steps=2, retrain_milestones=(), A=0.5,
+    )  # fmt: skip
+    record = driver.run(small, load("digits"), Places(tmp_path, revision="test"))
+    assert record["flop_ratio"] == pytest.approx(2, rel=0.01)
+    assert "decided" not in record["notes"]
+    net, pruner, optimizer = set_up(masks="expected", interval=2)
+    pruner.probability.zero_()
+    for number in range(3):
+        pruner.before()
+        x, y = batch(number)
+        optimizer.zero_grad(set_to_none=False)
+        F.cross_entropy(net(x), y).backward()
+        pruner.after(optimizer)
+        optimizer.step()
+    _, other, _ = set_up(masks="expected", interval=2)
+    other.load_state(pruner.state())
+    assert other._steps == 3
+    assert torch.equal(other.probability, pruner.probability)
+
+
 def test_the_ranking_by_taylor_is_the_sum_over_the_steps_by_hand() -> None:
     net, pruner, optimizer = set_up(ranking="taylor")
     norms = net[0].weight.detach().abs().sum(0).flatten()
@@ -195,6 +255,9 @@ def test_other_names_are_refused() -> None:
         ({"ranking": "l2"}, "ranking='l2' must"),
         ({"scope": "block"}, "scope='block' must"),
         ({"scope": "network"}, "scope='network' needs a FLOP ratio"),
+        ({"masks": "mean"}, "masks='mean' must be one of drawn, expected"),
+        ({"masks": "expected", "masked": "still"}, "masks='expected' is SPP without masked groups; got 'spp', 'still'"),
+        ({"masks": "expected", "method": "ssl"}, "masks='expected' is SPP without masked groups; got 'ssl'"),
     ):
         with pytest.raises(ValueError, match=message):
             set_up(**option)

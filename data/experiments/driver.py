@@ -146,7 +146,7 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=rule)
     names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale", "seed")
     options: dict[str, Any] = {name: getattr(plan, name) for name in names}
-    own = ("masked", "ranking", "scope", "siblings", "columns_of")
+    own = ("masked", "ranking", "scope", "siblings", "masks", "columns_of")
     plain = all(getattr(plan, name) == getattr(Experiment, name) for name in own)
     varied: dict[str, Any] = {name: getattr(plan, name) for name in (*own[:-1], "weight_decay")}
     if plan.method == "taylor":
@@ -179,7 +179,7 @@ def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: 
     history = yield from stepwise(network, data, settings, pruner=pruner, **limits(work / "prune.safetensors"))
     undecided = dict[str, int]()
     # these may never end (notebooks 02, 09): the likeliest groups go, and it is noted
-    if not pruner.finished and (plan.form == "literal" or plan.siblings):
+    if not pruner.finished and (plan.form == "literal" or plan.siblings or plan.masks == "expected"):
         undecided = {"decided": int(pruner.gone.sum())}
         order, norms = 1 - pruner.probability.double().cpu().numpy(), pruner.importance().cpu().numpy()
         for part in pruner.slices.values():

@@ -19,7 +19,7 @@ METHODS = ("baseline", "cp", *methods.METHODS)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
 LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "siblings"]
-LATER += ["columns_of"]
+LATER += ["columns_of", "masks"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
 RULES = (*plan.RULES, "pca")
 
@@ -61,6 +61,7 @@ class Experiment:
     ranking: str = "norm"  # of the groups, see `variants`
     scope: str = "layer"  # what is ranked together, see `variants`
     siblings: float = 0.0  # see `variants`
+    masks: str = "drawn"  # or "expected", see `variants`
     columns_of: str = ""  # a method: prune the groups that it chose with the same settings and seed, see `variants`
     retrain_steps: int = 25_000
     retrain_lr: float = 1e-3

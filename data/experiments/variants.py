@@ -14,6 +14,7 @@ from sppkit.pruner import Pruner
 MASKED = ("decays", "still", "momentum", "trained")
 RANKINGS = ("norm", "first", "taylor")
 SCOPES = ("layer", "network")
+MASKS = ("drawn", "expected")
 
 
 @dataclass(eq=False, repr=False)
@@ -35,13 +36,17 @@ class VariedPruner(Pruner):
     ranking: str = "norm"
     scope: str = "layer"
     siblings: float = 0.0
+    masks: str = "drawn"
     weight_decay: float = 0.0  # the optimiser's
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("masked", MASKED), ("ranking", RANKINGS), ("scope", SCOPES)):
+        for name, known in (("masked", MASKED), ("ranking", RANKINGS), ("scope", SCOPES), ("masks", MASKS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+        if self.masks == "expected" and (self.method, self.masked) != ("spp", "decays"):
+            raise ValueError(f"masks='expected' is SPP without masked groups; got {self.method!r}, {self.masked!r}")
+        self._share = torch.ones_like(self._weight)  # (elements,) of a weight that is there, if that is "expected"
         self._sums = torch.zeros_like(self._p)  # (G + 2,) of the ranking "taylor"
         self.sums = {"taylor": self._sums}
         self._first = super().importance()
@@ -61,11 +66,31 @@ class VariedPruner(Pruner):
             sizes = torch.tensor([*self.groups.sizes.values()])
             self._cost = torch.tensor(costs).repeat_interleave(sizes).to(self._p.device)  # (G,) MACs
 
+    def draw(self) -> None:
+        """SPP's; "expected" draws nothing."""
+        if self.masks == "drawn":
+            super().draw()
+
+    def apply(self) -> None:
+        """SPP's, or weights times 1 - p: from the probabilities as they are, since the step is captured."""
+        if self.masks == "drawn":
+            super().apply()
+            return
+        stays = 1 - self._p  # (G + 2,)
+        share = stays.index_select(0, self._columns) * stays.index_select(0, self._rows)
+        torch.mul(self._weight, self._share.copy_(share), out=self._masked)
+        self._show(self._views_of_masked)
+
     def unmask(self) -> None:
         """SPP's, changed for masked groups; sums up what the ranking needs."""
         if self.ranking == "taylor":
             product = (self._gradient * self._weight).to(self._sums.dtype)
             self._sums += torch.zeros_like(self._sums).index_add_(0, self._own, product).abs_()
+        if self.masks == "expected":
+            self.restore()
+            self._gradient.mul_(self._share)
+            self._momentum.mul_(self._share)
+            return
         if self.masked in ("momentum", "trained"):
             self.restore()
             alive = self._mask if self.masked == "momentum" else self._alive
@@ -114,7 +139,8 @@ class VariedPruner(Pruner):
     @property
     def settings(self) -> dict[str, object]:
         """As the pruner's, with what this one varies."""
-        return super().settings | {name: getattr(self, name) for name in ("masked", "ranking", "scope", "siblings")}
+        names = ("masked", "ranking", "scope", "siblings", "masks")
+        return super().settings | {name: getattr(self, name) for name in names}
 
     def choose(self, record: dict[str, Any]) -> None:
         """Prune the groups that went in the run of `record`, in this run's own order."""
