@@ -135,12 +135,67 @@ def test_a_baseline_that_was_tampered_with_is_refused(digits: ImageData, tmp_pat
         baseline(SMALL, digits, places)
 
 
+def test_a_large_baseline_is_trained_anew_where_it_is_absent(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "LARGE", 1000)
+    places, device, trained = Places(tmp_path, revision="test"), torch.device("cpu"), list[int]()
+    whole, short = driver.stepwise, replace(SMALL, method="fp", baseline_steps=3, baseline_milestones=())
+    monkeypatch.setattr(driver, "load", lambda *_, **__: digits)
+
+    def counted(network, data, settings, **options):  # type: ignore[no-untyped-def]
+        trained.append(settings.steps)
+        return (yield from whole(network, data, settings, **options))
+
+    monkeypatch.setattr(driver, "stepwise", counted)
+    first = list(run_all([replace(short, flop_ratio=r) for r in (2, 3)], places, device=device, jobs=2))
+    assert trained.count(3) == 1, "two runs share one"
+    assert not places.checkpoints.exists()
+    (path,) = (tmp_path / "build" / "baselines").iterdir()
+    network, base = baseline(short, digits, places)
+    assert {r["baseline_id"] for r in first} == {base["baseline_id"]} == {lines(places, "baseline")[0]["baseline_id"]}
+    kept = path.read_bytes()
+    path.unlink()  # all that needs it is recorded
+    assert len(list(run_all([replace(short, flop_ratio=r) for r in (2, 3)], places, device=device, jobs=2))) == 2
+    assert not path.exists()
+    network.linear.bias.data += 1  # as another piece of work on a GPU would train another
+    state.save_network(network, path)
+    other = run(replace(short, flop_ratio=4), digits, places)
+    assert other["baseline_id"] == driver.network_id(network) != base["baseline_id"]
+    bases = lines(places, "baseline")
+    assert [b["baseline_id"] for b in bases] == [base["baseline_id"], other["baseline_id"]]
+    assert bases[0]["run_id"] == bases[1]["run_id"]
+    assert other["acc_baseline"] == bases[1]["acc_final"]
+    path.write_bytes(kept)
+    assert run(replace(short, flop_ratio=5), digits, places)["baseline_id"] == base["baseline_id"]
+    assert len(lines(places, "baseline")) == 2, "a known one is not recorded again"
+    path.unlink()
+    run(short.baseline(), digits, places)  # asked for by itself, it is trained: its record does not bring it back
+    assert path.exists()
+
+
 def test_a_list_is_a_product_with_seeds_outermost(tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     content = {"defaults": {"experiment": "e", "seed": [0, 1]}, "runs": [{"flop_ratio": [4, 2]}, {"method": "cp"}]}
     path.write_text(json.dumps(content))
     found = [(e.seed, e.method, e.flop_ratio) for e in expand(path)]
     assert found == [(s, m, r) for s in (0, 1) for m, r in (("spp", 4), ("spp", 2), ("cp", 2.0))]
+
+
+def test_the_command_line_shows_every_kind_of_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "runs").mkdir(parents=True)
+    common = {"experiment": "e", "baseline_steps": 2, "retrain_steps": 2, "images": 20, "points": 2, "seed": 0}
+    common |= {"baseline_milestones": [], "retrain_milestones": [], "batch_size": 8}
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"defaults": common, "runs": [{"method": "fp"}, {"method": "draws", "layer": "conv3"}]}))
+    arguments = [str(path), "--device", "cpu", "--revision", "test"]
+    parser = driver.argparse.ArgumentParser()
+    parser.add_argument("--root", type=Path, default=tmp_path)
+    parser.add_argument("--data", type=Path)
+    assert driver.main(parser, arguments) == 0
+    shown = capsys.readouterr().out
+    assert "FLOP ratio 2.0" in shown
+    assert "draws seed 0: conv3, 20 rows" in shown
 
 
 def test_the_committed_lists_can_be_read() -> None:

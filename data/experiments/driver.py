@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import Experiment, Places, expand
+from channels import smaller
+from settings import CHANNELS, SINGLE, Experiment, Places, expand, lines
+from single import STUDIES
 from torch import nn
 from training import Normalise, OutOfTime, evaluate, evaluation, renew_statistics, stepwise
 from training.data import ImageData, Split, device_name, load, resolve_device
@@ -29,13 +31,14 @@ from training.loop import exhaust
 from training.step import precision_flags
 from variants import VariedPruner, chosen
 
-from sppkit import cost, cp, networks, state
+from sppkit import cost, networks, state
 from sppkit.compact import compact
 from sppkit.methods import cut, taylor_scores
 from sppkit.plan import make_plan, pca_sensitivity
 from sppkit.pruner import Pruner
 
 AHEAD = 8  # steps
+LARGE = 4_000_000  # parameters of a network whose checkpoint is not committed
 TRACE = 4_000_000  # numbers in one recorded trace at most; longer ones are thinned out
 Stages = Generator[None, None, dict[str, Any]]
 # A method's network, its masks, and notes for the record
@@ -53,6 +56,11 @@ class Limits:
     def __call__(self, checkpoint: Path) -> dict[str, Any]:
         return {"checkpoint": checkpoint, "deadline": self.deadline, "fuse": self.fuse}
 
+    def check(self, what: str) -> None:
+        """OutOfTime before something that cannot be interrupted."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise OutOfTime(f"{what} was not begun")
+
 
 def run(
     experiment: Experiment, data: ImageData, places: Places | None = None, *, limits: Limits | None = None
@@ -66,18 +74,23 @@ def run(
 
 def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limits) -> Stages:
     """`run` as a generator that yields after every training step."""
-    if (found := places.find(experiment)) is not None:
+    # a record of such a baseline does not bring its weights back
+    trains = experiment.method == "baseline" and _is_large(networks.create(experiment.network))
+    if not trains and (found := places.find(experiment)) is not None:
         return found
     data = hold_out(data, experiment.holdout) if experiment.holdout else data
     network, base = yield from _baseline(experiment, data, places, limits)
     if experiment.method == "baseline":
         return base
+    if experiment.method in SINGLE:
+        return (yield from _study(network, data, experiment, places, base, limits))
     example = Normalise.of(data.train, experiment.normalise)(data.test.images[:64])  # (64, 3, H, W)
-    dense, settings, work = cost.summary(network, example), experiment.phase("retrain"), places.work / experiment.run_id
-    method = _cp if experiment.method == "cp" else _train_masks
-    pruned, pruner, notes = yield from method(network, data, experiment, places, limits)
+    dense, settings = cost.summary(network, example), experiment.phase("retrain")
+    work = places.work / experiment.run_id / base["baseline_id"]
+    method = _smaller if experiment.method in CHANNELS else _train_masks
+    pruned, pruner, notes = yield from method(network, data, experiment, places, work, limits)
     history = yield from stepwise(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
-    small = compact(pruned, example)
+    small = compact(pruned, example, columns=pruner is not None)
     left = cost.summary(small, example)
     moving = experiment.method in ("spp", "gradual", "deterministic") and not experiment.columns_of
     if pruner is not None and moving and experiment.seed == experiment.holdout == 0:  # one seed is enough for pictures
@@ -113,13 +126,23 @@ def baseline(
     return exhaust(_baseline(experiment, data, places, limits or Limits()))
 
 
+def _is_large(network: nn.Module) -> bool:
+    """Whether a checkpoint is too large to be committed."""
+    return sum(p.numel() for p in network.parameters()) > LARGE
+
+
 def _baseline(
     experiment: Experiment, data: ImageData, places: Places, limits: Limits
 ) -> Generator[None, None, tuple[nn.Module, dict[str, Any]]]:
+    """The network, and the record that has its hash. A large one is trained anew where build/ does not hold it.
+
+    Training on a GPU does not end in the same weights twice, so such a baseline can have several records.
+    """
     base = experiment.baseline()
     network = networks.create(base.network, classes=len(data.classes), seed=base.seed).to(data.train.images.device)
     name = f"{base.network}-{Path(base.dataset).name}-seed{base.seed}-{base.run_id}.safetensors".replace("/", "-")
-    path, found, settings = places.checkpoints / name, places.find(base), base.phase("baseline")
+    large, settings = _is_large(network), base.phase("baseline")
+    path = (places.root / "build" / "baselines" if large else places.checkpoints) / name
     begin, size = time.monotonic(), len(data.train.images[0])
     if path.exists():
         trained_on = state.load_network(network, path).get("image_size", size)
@@ -129,12 +152,14 @@ def _baseline(
         yield from stepwise(network, data, settings, **limits(places.work / name))
         state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=size)
     identity = network_id(network)
+    records = [r for r in lines(places.runs / f"{base.experiment}.jsonl") if r["run_id"] == base.run_id]
+    found = next((r for r in records if r["baseline_id"] == identity), None)
+    if found is None and records and not large:
+        raise ValueError(f"{path} is not the network that its record describes; restore the file or delete both")
     if found is None:
         accuracies = dict.fromkeys(("acc_baseline", "acc_pruned", "acc_final"), evaluate(network, data, settings))
         results = {"flop_ratio": 1.0, **accuracies, "baseline_id": identity, "steps": base.baseline_steps}
         found = _record(base, data, places, results | {"seconds": round(time.monotonic() - begin, 1)})
-    if found["baseline_id"] != identity:
-        raise ValueError(f"{path} is not the network that its record describes; restore the file or delete both")
     return network, found
 
 
@@ -165,9 +190,11 @@ def thinned(trace: torch.Tensor) -> tuple[torch.Tensor, int]:
     return trace[(len(trace) - 1) % every :: every], every
 
 
-def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: Places, limits: Limits) -> Pruned:
+def _train_masks(
+    network: nn.Module, data: ImageData, plan: Experiment, places: Places, work: Path, limits: Limits
+) -> Pruned:
     """Masks while the network trains, until the plan is reached; retrained with the masks that are left."""
-    pruner, work, settings = make_pruner(network, data, plan), places.work / plan.run_id, plan.phase("prune")
+    pruner, settings = make_pruner(network, data, plan), plan.phase("prune")
     done = work / "pruned.safetensors"
     if isinstance(pruner, VariedPruner) and plan.columns_of:
         pruner.choose((yield from stages(replace(plan, method=plan.columns_of, columns_of=""), data, places, limits)))
@@ -201,17 +228,35 @@ def _train_masks(network: nn.Module, data: ImageData, plan: Experiment, places: 
     return network, pruner, notes
 
 
-def _cp(network: nn.Module, data: ImageData, plan: Experiment, places: Places, limits: Limits) -> Pruned:
-    """Channels by LASSO and least squares from training images; compact at once, retrained as a smaller network."""
-    begin, seed = time.monotonic(), plan.seed
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
-    chosen = data.train.images[order[: plan.images].to(data.train.images.device)]
-    images = Normalise.of(data.train, plan.normalise)(chosen)
-    masked, table = cp.mask_channels(network, images, flop_ratio=plan.flop_ratio, points=plan.points, seed=seed)
-    accuracy = evaluate(masked, data, plan.phase("retrain"))
-    notes = {"seconds": time.monotonic() - begin, "acc_pruned": accuracy, "layers": table.to_dict("records")}
+def _smaller(
+    network: nn.Module, data: ImageData, plan: Experiment, places: Places, work: Path, limits: Limits
+) -> Pruned:
+    """A smaller network from training images, at once, by one of CHANNELS; a run that goes on makes it again.
+
+    acc_before_refit, where a refit changes weights: of the network with the same channels and its own weights.
+    """
+    limits.check(f"{plan.run_id} {plan.method}")
+    begin, settings = time.monotonic(), plan.phase("retrain")
+    small, bare, notes = smaller(network, data, plan)
+    small = small.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seconds = time.monotonic() - begin
+    notes |= {"seconds": seconds, "seconds_choice": round(seconds, 2), "acc_pruned": evaluate(small, data, settings)}
+    if bare is not None:
+        notes["acc_before_refit"] = evaluate(bare, data, settings)
     yield
-    return compact(masked, images[:64], columns=False), None, notes
+    return small, None, notes
+
+
+def _study(
+    network: nn.Module, data: ImageData, plan: Experiment, places: Places, base: dict[str, Any], limits: Limits
+) -> Generator[None, None, dict[str, Any]]:
+    """What `single` finds in one layer, as a record without the keys of a trained network."""
+    limits.check(f"{plan.run_id} {plan.method}")
+    begin = time.monotonic()
+    results = STUDIES[plan.method](network, data, plan)
+    yield
+    found = {"acc_baseline": base["acc_final"], "baseline_id": base["baseline_id"], **results}
+    return _record(plan, data, places, found | {"seconds": round(time.monotonic() - begin, 1)})
 
 
 def run_all(
@@ -230,7 +275,8 @@ def run_all(
     """
     planned, deadline = list(experiments), None if minutes is None else time.monotonic() + 60 * minutes
     limits = Limits(deadline, fuse, jobs)
-    bases = {b.run_id: b for b in (e.baseline() for e in planned if e.method != "baseline")}
+    undone = [e for e in planned if e.method != "baseline" and places.find(e) is None]  # the others need no baseline
+    bases = {base.run_id: base for base in (e.baseline() for e in undone)}
     if jobs > 1 and len({experiment.precision == "float32" for experiment in planned}) > 1:
         raise ValueError(f"jobs={jobs} cannot mix float32 with a lower precision; run them apart, or with jobs=1")
     images = cache(lambda dataset: load(dataset, root=places.data, device=device))
@@ -317,9 +363,13 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     places, done = Places(options.root, options.data or options.root / "data", options.revision), 0
     how = {"minutes": options.minutes, "jobs": options.jobs, "fuse": options.fuse}
     for done, r in enumerate(run_all(planned, places, device=resolve_device(options.device), **how), 1):
-        what = f"{r['run_id']} {r['network']} {r['method']} seed {r['seed']}: FLOP ratio {r['flop_ratio']:.2f}"
-        accuracies = f"{r['acc_baseline']:.2f} -> {r['acc_pruned']:.2f} -> {r['acc_final']:.2f} %"
-        print(f"{done}/{len(planned)} {what}, {accuracies}, {r['seconds']:.0f} s", flush=True)
+        what = f"{r['run_id']} {r['network']} {r['method']} seed {r['seed']}: "
+        if r["method"] in SINGLE:
+            what += f"{r['layer']}, {len(r['rows'])} rows"
+        else:
+            steps = " -> ".join(f"{r[f'acc_{name}']:.2f}" for name in ("baseline", "pruned", "final"))
+            what += f"FLOP ratio {r['flop_ratio']:.2f}, {steps} %"
+        print(f"{done}/{len(planned)} {what}, {r['seconds']:.0f} s", flush=True)
     return 0 if done == len(planned) else 75  # 75: stopped at the time limit, call again
 
 

@@ -15,13 +15,16 @@ from training.data import project_root
 
 from sppkit import methods, plan
 
-METHODS = ("baseline", "cp", *methods.METHODS)
+# Of channels, see `channels`; the last four are factorisations
+CHANNELS = ("cp", "fp", "scratch", "jaderberg", "asym", "asym3d", "3c")
+SINGLE = ("layer", "draws")  # of one layer, without training, see `single`
+METHODS = ("baseline", "cp", *methods.METHODS, *CHANNELS[1:], *SINGLE)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
 LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "siblings"]
-LATER += ["columns_of", "masks"]
+LATER += ["columns_of", "masks", "select", "samplers", "correct", "renew", "layer"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
-RULES = (*plan.RULES, "pca")
+RULES = (*plan.RULES, "pca", "paper")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Experiment:
     baseline_seed: int = -1  # the baseline's; -1: each seed has its own
     prune_steps: int = 32_400  # all of them: once the plan is reached, the masks stay as they are
     prune_lr: float = 1e-3
-    kind: str = "column"  # of the groups, see `groups`; CP always prunes channels
-    rule: str = "uniform"  # of the plan, see `plan`; "pca": by `pca_sensitivity` on 1,000 training images
+    kind: str = "column"  # of the groups, see `groups`; those of CHANNELS have channels or factors
+    rule: str = "uniform"  # of the plan, see `plan`; "pca": by `pca_sensitivity` on 1,000 training images; of channels
+    # "uniform" or "paper", see `channels.paper_rule`
     interval: int = 180  # t of SPP; the settings to `rescale` are those of `pruner.Pruner`
     rounds: int = 150
     A: float = 0.05
@@ -70,6 +74,11 @@ class Experiment:
     retrain_weight_decay: float = -1.0  # -1: weight_decay
     images: int = 5_000  # CP: training images sampled
     points: int = 10  # CP: positions an image
+    select: str = "lasso"  # CP: one of `choice.CHOICES`; this and the next three as `cp.mask_channels` has them
+    samplers: bool = True
+    correct: bool = True
+    renew: bool = False
+    layer: str = ""  # the one that "layer" and "draws" are about
     holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
 
     def __post_init__(self) -> None:
@@ -79,6 +88,8 @@ class Experiment:
             raise ValueError(f"flop_ratio={self.flop_ratio} must be above 1; 2 means half the multiply-accumulates")
         if self.method == "taylor" and self.kind != "filter":
             raise ValueError(f"method='taylor' scores filters; set kind='filter', not {self.kind!r}")
+        if (self.method in SINGLE) != bool(self.layer):
+            raise ValueError(f"layer={self.layer!r} with method={self.method!r}: {' and '.join(SINGLE)} need a layer")
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} must be one of {', '.join(RULES)}")
 

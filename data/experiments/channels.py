@@ -1,0 +1,133 @@
+"""Channel pruning of whole networks and what the paper compares it with: the network that is fine-tuned.
+
+method     a network of the FLOP ratio                                                         source
+cp         channels chosen, and the weights that read them refitted, see `cp.mask_channels`    CP, arXiv 1707.06168
+fp         at CP's widths, the filters of largest L1 norm; weights as they were                Li et al., ICLR 2017
+scratch    CP's widths, fresh weights                                                          CP, table 4
+jaderberg  kernels of height 1 and width 1                                                     `factorise`, "spatial"
+asym       fewer filters and a mix of them                                                     `factorise`, "channel"
+asym3d     both                                                                                `factorise`, "3d"
+3c         both, and channels pruned                                                           `factorise`, "3c"
+
+FP has no refit, as in the paper it comes from; CP's tables give it after fine-tuning only. A factorised network has its
+BatchNorms folded, so it needs a smaller learning rate.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from settings import Experiment
+from torch import Tensor, nn
+from training import Normalise
+from training.data import ImageData
+
+from sppkit import cost, cp, networks
+from sppkit.compact import channel_links, compact, trace
+from sppkit.graph import fold, sites
+from sppkit.networks import convolutions
+
+FACTORISATIONS = {"jaderberg": "spatial", "asym": "channel", "asym3d": "3d", "3c": "3c"}
+Smaller = tuple[nn.Module, nn.Module | None, dict[str, Any]]  # network, the same before the refit, notes
+
+
+def exact(device: torch.device) -> AbstractContextManager[None]:
+    """float32 convolutions that give the same every time: no TF32, no choice of algorithms by their speed."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def prepared(data: ImageData, plan: Experiment, images: Tensor) -> Tensor:
+    """Images (N, H, W, 3) as the network reads them (N, 3, H, W)."""
+    return Normalise.of(data.train, plan.normalise)(images)
+
+
+def training_images(data: ImageData, plan: Experiment, *, seed: int | None = None, spare: int = 0) -> Tensor:
+    """As many training images as the plan says, prepared, drawn from `seed` (the plan's), none of the last `spare`."""
+    generator = torch.Generator().manual_seed(plan.seed if seed is None else seed)  # on the CPU: the same everywhere
+    order = torch.randperm(len(data.train) - spare, generator=generator)[: plan.images]
+    return prepared(data, plan, data.train.images[order.to(data.train.images.device)])
+
+
+def paper_rule(network: nn.Module, example: Tensor) -> dict[str, float]:
+    """CP's proportions of kept input channels, by layer, as `cp.widths` takes them.
+
+    VGG-16: what conv1 to conv3 give : what conv4 gives = 1 : 1.5, conv5 untouched. Residual networks of three or more
+    stages: all alike but for the last stage, of the smallest feature maps, which is left alone. ValueError for others.
+    """
+    table, found = cost.conv_table(network, example), sites(network, trace(network))
+    pixels = table["height"] * table["width"]
+    if all(place.producer for place in found.values()) and len(table) == 13:
+        return dict(zip(table["layer"][1:11], [1.0] * 7 + [1.5] * 3, strict=True))
+    if any(place.total for place in found.values()) and pixels.nunique() > 2:
+        return {layer: 1.0 for layer in table["layer"][pixels > pixels.min()] if layer in found}
+    raise ValueError("rule='paper' is for VGG-16 and residual networks; take rule='uniform'")
+
+
+def widths(network: nn.Module, example: Tensor, plan: Experiment) -> dict[str, int]:
+    """Input channels to keep by layer, for the plan's rule and FLOP ratio; `network` has its BatchNorms folded."""
+    if plan.rule not in ("uniform", "paper"):
+        raise ValueError(f"rule={plan.rule!r} is not for channels; take 'uniform' or 'paper'")
+    rule = paper_rule(network, example) if plan.rule == "paper" else None
+    if rule is not None:
+        found = sites(network, trace(network), samplers=plan.samplers)
+        rule = {layer: weight for layer, weight in rule.items() if layer in found}
+    return cp.widths(network, example, plan.flop_ratio, rule=rule, samplers=plan.samplers)
+
+
+def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
+    """A trained network made smaller by the plan's method, and notes on each of its layers."""
+    images = training_images(data, plan)
+    with exact(images.device):
+        if plan.method in FACTORISATIONS:
+            factorise = import_module("sppkit.factorise").factorise
+            how: dict[str, Any] = {"method": FACTORISATIONS[plan.method], "flop_ratio": plan.flop_ratio}
+            thin, table = factorise(network, images, **how, points=plan.points, seed=plan.seed)
+            return thin, None, {"layers": table.to_dict("records")}
+        keep = widths(fold(network)[0], images[:1], plan)
+        if plan.method == "cp":
+            names = ("select", "samplers", "correct", "renew", "points", "seed")
+            masked, table = cp.mask_channels(
+                network, images, keep=keep, **{name: getattr(plan, name) for name in names}
+            )
+            bare = without(network, {name: gone(convolutions(masked)[name]) for name in table["layer"]})
+            return compact(masked, images[:64], columns=False), bare, {"layers": table.to_dict("records")}
+        if plan.method == "scratch":  # another seed than that of the baseline, whose weights these must not be
+            fresh = networks.create(plan.network, classes=len(data.classes), seed=1000 + plan.seed).to(images.device)
+            last = {name: torch.arange(width, _inputs(fresh, name)) for name, width in keep.items()}
+            thin = compact(without(fresh, last), columns=False)
+        else:
+            chosen, producers = dict[str, Tensor](), channel_links(network)
+            for name, width in keep.items():
+                if name not in producers:
+                    raise ValueError(f"method='fp' goes by filters, and the input of {name!r} has many; samplers=False")
+                norms = convolutions(network)[producers[name]].weight.detach().abs().flatten(1).sum(1)
+                chosen[name] = norms.topk(len(norms) - width, largest=False).indices
+            thin = compact(without(network, chosen), images[:64], columns=False)
+        layers = [{"layer": name, "channels": _inputs(network, name), "kept": width} for name, width in keep.items()]
+        return thin, None, {"layers": layers}
+
+
+def _inputs(network: nn.Module, layer: str) -> int:
+    return convolutions(network)[layer].weight.shape[1]
+
+
+def gone(conv: nn.Conv2d) -> Tensor:
+    """Input channels that a masked convolution does not read."""
+    return (conv.weight == 0).transpose(0, 1).flatten(1).all(1).nonzero().flatten()
+
+
+@torch.no_grad()
+def without(network: nn.Module, channels: Mapping[str, Tensor]) -> nn.Module:
+    """A copy in which layers read 0 weights at these input channels, the other weights as they were."""
+    masked = copy.deepcopy(network)
+    for name, indices in channels.items():
+        weight = convolutions(masked)[name].weight
+        weight[:, indices.to(weight.device)] = 0
+    return masked
