@@ -184,18 +184,19 @@ def test_a_list_is_a_product_with_seeds_outermost(tmp_path: Path) -> None:
 
 def test_the_command_line_shows_every_kind_of_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data" / "runs").mkdir(parents=True)
-    common = {"experiment": "e", "baseline_steps": 2, "retrain_steps": 2, "images": 20, "points": 2, "seed": 0}
+    common = {"experiment": "e", "baseline_steps": 2, "retrain_steps": 2, "images": 20, "points": 2, "seed": [0, 1]}
     common |= {"baseline_milestones": [], "retrain_milestones": [], "batch_size": 8}
     path = tmp_path / "list.json"
     path.write_text(json.dumps({"defaults": common, "runs": [{"method": "fp"}, {"method": "draws", "layer": "conv3"}]}))
-    arguments = [str(path), "--device", "cpu", "--revision", "test"]
+    arguments = [str(path), "--device", "cpu", "--revision", "test", "--seed", "1"]
     parser = driver.argparse.ArgumentParser()
     parser.add_argument("--root", type=Path, default=tmp_path)
     parser.add_argument("--data", type=Path)
     assert driver.main(parser, arguments) == 0
     shown = capsys.readouterr().out
-    assert "FLOP ratio 2.0" in shown
-    assert "draws seed 0: conv3, 20 rows" in shown
+    assert "1/2" in shown
+    assert "fp seed 1: FLOP ratio 2.0" in shown
+    assert "draws seed 1: conv3, 20 rows" in shown
 
 
 def test_the_committed_lists_can_be_read() -> None:

@@ -350,6 +350,7 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """`python -m sppkit run`: lists, or one experiment from settings; prints each record, 75 if time was up."""
     parser.add_argument("what", nargs="+", help="lists (data/experiments/*.json), or settings NAME=VALUE")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--seed", type=int, help="only the runs of this seed, which share a baseline")
     parser.add_argument("--minutes", type=float, help="stop after this long, saved; the same command goes on")
     parser.add_argument("--jobs", type=int, default=1, help="experiments that share the GPU")
     parser.add_argument("--fuse", action="store_true", help="compile the networks (torch.compile), for speed on a GPU")
@@ -360,6 +361,7 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     if lists and given:
         raise ValueError(f"give lists or settings, not both (found {next(iter(given))}= beside {lists[0]})")
     planned = [e for path in lists for e in expand(path)] or [Experiment.of({"experiment": "own", **given})]
+    planned = [e for e in planned if options.seed in (None, e.seed)]
     places, done = Places(options.root, options.data or options.root / "data", options.revision), 0
     how = {"minutes": options.minutes, "jobs": options.jobs, "fuse": options.fuse}
     for done, r in enumerate(run_all(planned, places, device=resolve_device(options.device), **how), 1):
