@@ -2,6 +2,8 @@
 
 name          keeps                                                           source
 lasso         what LASSO picks, by the exact path                             CP, arXiv 1707.06168, eqs. 1-2
+alternating   the same in ROUNDS steps to the width, the weights of the       the same, as first described there
+              channels left refit after each
 paper         the same as the authors' code poses it: 400 samples, alpha      CP-code, see `lasso.search`
               by bisection, up to 10 % more channels than asked for
 first_k       the first                                                       CP, single-layer experiments
@@ -14,8 +16,10 @@ thinet        what is left when channels go one by one, each time the one     Lu
 import torch
 from torch import Tensor, nn
 
-from sppkit.lasso import search, select
-from sppkit.reconstruct import Moments, lasso_problem, paper_problem
+from sppkit.lasso import Selection, search, select
+from sppkit.reconstruct import Moments, lasso_problem, paper_problem, refit
+
+ROUNDS = 5
 
 
 def thinet(gram: Tensor, keep: int) -> Tensor:
@@ -36,38 +40,55 @@ def thinet(gram: Tensor, keep: int) -> Tensor:
     return alive.nonzero().flatten().to(gram.device)
 
 
-def _lasso(moments: Moments, weight: Tensor, keep: int) -> tuple[Tensor, float, float]:
+def _lasso(moments: Moments, weight: Tensor, keep: int) -> Selection:
     gram, correlation = lasso_problem(moments, weight)
-    found = select(gram, correlation, min(keep, max(int((gram.diagonal() > 0).sum()), 1)))
-    return found.kept, found.alpha, found.violation
+    return select(gram, correlation, min(keep, _live(gram)))
 
 
-CHOICES = ("lasso", "paper", "first_k", "max_response", "random", "thinet")
+def _live(gram: Tensor) -> int:
+    return max(int((gram.diagonal() > 0).sum()), 1)
+
+
+def _alternating(moments: Moments, weight: Tensor, keep: int) -> Selection:
+    c, shrinking = weight.shape[1], weight.double().clone()
+    for k in range(ROUNDS - 1):
+        kept = _lasso(moments, shrinking, round(c * (keep / c) ** ((k + 1) / ROUNDS))).kept
+        shrinking.zero_()
+        shrinking[:, kept] = refit(moments, kept, (weight.shape[2], weight.shape[3])).weight
+    return _lasso(moments, shrinking, keep)
+
+
+CHOICES = ("lasso", "alternating", "paper", "first_k", "max_response", "random", "thinet")
 
 
 def choose(
     name: str,
     moments: Moments,
-    few: Moments,
     conv: nn.Conv2d,
     keep: int,
-    producer: Tensor | None,
-    generator: torch.Generator,
+    *,
+    few: Moments | None = None,
+    producer: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, float, float]:
-    """Kept channels (keep,) ascending, and LASSO's alpha and violation, 0 for the others.
+    """Kept channels (keep,) ascending, and LASSO's alpha and violation, 0 for the others; it passes over dead ones.
 
-    few: moments of the samples that "paper" sees. producer: weight (c, ...) of the filters which make the input, if one
-    convolution makes it. Raises ValueError for an unknown name, and for "max_response" without a producer.
+    few: moments of the samples that "paper" sees, all by default. producer: weight (c, ...) of the filters that make
+    the input, if one convolution makes it. generator: of "random". Raises ValueError for an unknown name, keep out of
+    1..c, "max_response" without a producer.
     """
+    weight, c = conv.weight.detach(), conv.in_channels
     if name not in CHOICES:
         raise ValueError(f"select={name!r} must be one of {', '.join(CHOICES)}")
-    weight, c = conv.weight, conv.in_channels
-    if name == "lasso":
-        return _lasso(moments, weight, keep)
-    if name == "paper":
-        found = search(
-            *paper_problem(few, weight, weight.new_zeros(len(weight)) if conv.bias is None else conv.bias), keep
-        )
+    if not 1 <= keep <= c:
+        raise ValueError(f"keep={keep} must lie in 1..{c}")
+    if name in ("lasso", "alternating", "paper"):
+        if name == "paper":
+            bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias
+            gram, correlation = paper_problem(moments if few is None else few, weight, bias)
+            found = search(gram, correlation, min(keep, _live(gram)))
+        else:
+            found = (_lasso if name == "lasso" else _alternating)(moments, weight, keep)
         return found.kept, found.alpha, found.violation
     if name == "max_response":
         if producer is None:

@@ -8,6 +8,7 @@ import copy
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -51,14 +52,13 @@ def sample_layer(
     (torch.Size([8, 75]), torch.Size([8, 8]))
     """
     network = copy.deepcopy(network).eval()
-    graph, conv = trace(network), _convolution(network, layer)
+    graph, conv = trace(network), convolution(network, layer)
     nodes = [node for node in graph.nodes if node.target == layer]
     if not nodes:
         raise ValueError(f"layer {layer!r} is never run")
     place = Site(layer, nodes[0], None)
-    samples = _targets(network, graph, {layer: place}, images, points, seed, batch_size)[layer]
-    chunks = _chunks(network, graph, place, conv, images, samples, batch_size)
-    X, Y = zip(*chunks, strict=True)
+    samples = collect(network, graph, {layer: place}, images, points, seed, batch_size)[layer]
+    X, Y = zip(*patches(network, graph, place, conv, images, samples, batch_size), strict=True)
     return torch.cat(X), torch.cat(Y)
 
 
@@ -165,7 +165,7 @@ def mask_channels(
     pruned, graph = copy.deepcopy(original), trace(original)
     found = sites(original, graph, samplers=samplers)
     example = images[:1].to(next(pruned.parameters()).device)
-    limits = {name: _convolution(original, name).in_channels for name in found}
+    limits = {name: convolution(original, name).in_channels for name in found}
     wanted = keep if keep is not None else widths(original, example, flop_ratio or 0.0, rule=rule, samplers=samplers)
     for name, width in wanted.items():
         if not 1 <= width <= limits.get(name, 0):
@@ -174,24 +174,26 @@ def mask_channels(
     places = {name: place for name, place in found.items() if name in wanted}
     if not correct:
         places = {name: Site(name, place.node, place.producer) for name, place in places.items()}
-    targets = _targets(original, graph, places, images, points, seed, batch_size)
+    targets = collect(original, graph, places, images, points, seed, batch_size)
     rows, statistics, generator = [], dict[str, tuple[Tensor, Tensor]](), torch.Generator().manual_seed(seed)
     for name, place in places.items():
         try:
-            conv, samples = _convolution(pruned, name), targets.pop(name)
+            conv, samples = convolution(pruned, name), targets.pop(name)
             total = sum(len(Y) for _, Y in samples)
             chosen = torch.zeros(total, dtype=torch.bool)  # what the choice "paper" sees
             chosen[torch.randperm(total, generator=generator)[: min(400, max(total // 20, 1))]] = True
             moments, few, start = Moments(), Moments(), 0
-            for X, Y in _chunks(pruned, graph, place, conv, images, samples, batch_size):
+            for X, Y in patches(pruned, graph, place, conv, images, samples, batch_size):
                 moments.add(X, Y)
                 here, start = chosen[start : start + len(X)].to(X.device), start + len(X)
                 if select == "paper" and here.any():
                     few.add(X[here], Y[here])
-            producer = None if place.producer is None else _convolution(original, place.producer).weight
-            row = _prune_layer(conv, moments, few, wanted[name], select, producer, generator)
+            producer = None if place.producer is None else convolution(original, place.producer).weight
+            settings = {"few": few, "producer": producer, "generator": generator}
+            row = prune_layer(conv, moments, wanted[name], select, **settings)
             rows.append([name, conv.in_channels, row[0], place.producer or "", *row[1:]])
-            statistics[name] = _output_statistics(conv, moments)
+            if renew:
+                statistics[name] = _output_statistics(conv, moments)
         except ValueError as problem:
             raise ValueError(f"layer {name!r}: {problem}") from problem
     columns = ["layer", "channels", "kept", "filters", "error_before", "error", "alpha", "violation"]
@@ -199,23 +201,20 @@ def mask_channels(
     macs = cost.conv_table(original, example).set_index("layer")["macs"]
     left = _macs(macs, found, limits, dict(zip(table["layer"], table["kept"], strict=True)))
     table["macs"], table["macs_left"] = ([int(each[name]) for name in table["layer"]] for each in (macs, left))
-    return unfold(pruned, network, norms, statistics if renew else None), table
+    return unfold(pruned, network, norms, statistics or None), table
 
 
-def _prune_layer(
-    conv: nn.Conv2d,
-    moments: Moments,
-    few: Moments,
-    keep: int,
-    select: str,
-    producer: Tensor | None,
-    generator: torch.Generator,
+def prune_layer(
+    conv: nn.Conv2d, moments: Moments, keep: int, select: str = "lasso", **settings: Any
 ) -> tuple[float, ...]:
-    """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation."""
+    """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation.
+
+    moments: of what it reads and what it is to give; select and settings: of `choice.choose`, not asked to keep all.
+    """
     bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
     kept, alpha, violation = torch.arange(conv.in_channels, device=bias.device), 0.0, 0.0
     if keep < conv.in_channels:
-        kept, alpha, violation = choice.choose(select, moments, few, conv, keep, producer, generator)
+        kept, alpha, violation = choice.choose(select, moments, conv, keep, **settings)
     before = error(moments, conv.weight[:, kept], bias, kept)
     fit = refit(moments, kept, (conv.kernel_size[0], conv.kernel_size[1]))
     conv.weight.zero_()
@@ -232,7 +231,7 @@ def _output_statistics(conv: nn.Conv2d, moments: Moments) -> tuple[Tensor, Tenso
     return W @ moments.mean_x + conv.bias.double(), ((W @ moments.xtx) * W).sum(1) / moments.count
 
 
-def _targets(
+def collect(
     network: nn.Module,
     graph: fx.Graph,
     places: Mapping[str, Site],
@@ -262,19 +261,19 @@ def _targets(
     return samples
 
 
-def _chunks(
+def patches(
     network: nn.Module, graph: fx.Graph, place: Site, conv: nn.Conv2d, images: Tensor, samples: Samples, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """X and Y of a place, batch by batch; the layers after it are not run."""
     seen: dict[str, Tensor] = {}
 
-    def patches(inputs: Tensor) -> None:
+    def read(inputs: Tensor) -> None:
         seen["X"] = sample_patches(inputs, conv, seen["positions"])
 
     def shortcut(*terms: Tensor) -> None:
         seen["shortcut"] = _at(terms[place.shortcut], seen["positions"])
 
-    looks = {place.node: patches} | ({} if place.total is None else {place.total: shortcut})
+    looks = {place.node: read} | ({} if place.total is None else {place.total: shortcut})
     probe = Probe(network, graph, before=looks)
     for batch, (seen["positions"], Y) in zip(images.split(batch_size), samples, strict=True):
         probe.look(batch.to(conv.weight.device))
@@ -286,7 +285,7 @@ def _at(output: Tensor, positions: Tensor) -> Tensor:
     return output.flatten(2).mT.take_along_dim(positions[:, :, None], 1).flatten(0, 1)
 
 
-def _convolution(network: nn.Module, name: str) -> nn.Conv2d:
+def convolution(network: nn.Module, name: str) -> nn.Conv2d:
     found = {key: m for key, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
     if name not in found:
         raise ValueError(f"layer {name!r} is grouped or no convolution; choose one of {', '.join(found) or 'none'}")

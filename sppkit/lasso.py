@@ -86,8 +86,8 @@ def search(gram: Tensor, correlation: Tensor, keep: int, *, start: float = 1e-3,
     G, q, energy, top = _scaled(gram, correlation)
     most = int((1 + tolerance) * keep)
     alphas, betas, active = _path(G, q, min(most + 1, len(q)))
-    if not 1 <= keep <= active.sum(1).max(initial=0):
-        raise ValueError(f"keep={keep} must lie in 1..{active.sum(1).max(initial=0)}, what the path reaches")
+    if not 1 <= keep <= (widest := active.sum(1).max(initial=0)):
+        raise ValueError(f"keep={keep} must be at least 1, and at most what the path reaches, {widest} here")
 
     def count(alpha: float) -> int:
         return 0 if alpha >= alphas[0] else int(active[min(int((alphas > alpha).sum()), len(active)) - 1].sum())

@@ -140,8 +140,13 @@ def error(moments: Moments, weight: Tensor, bias: Tensor, kept: Tensor) -> float
 
 def _columns(moments: Moments, kept: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """Rows of the moments that belong to the kept channels, (keep * kh * kw,)."""
+    if not moments.count:
+        raise ValueError("no samples: add chunks of X and Y to the moments first")
     kk, d = math.prod(kernel), len(moments.mean_x)
-    if d % kk or not len(kept) or len(kept.unique()) != len(kept) or kept.min() < 0 or kept.max() >= d // kk:
-        raise ValueError(f"kept={kept.tolist()}, kernel={tuple(kernel)}: give distinct channels of the {d / kk:g}")
+    if d % kk:
+        raise ValueError(f"kernel={tuple(kernel)} does not divide the {d} columns of X into channels")
+    sound = kept.dtype != torch.bool and 0 < len(kept) == len(kept.unique())
+    if not sound or kept.min() < 0 or kept.max() >= d // kk:
+        raise ValueError(f"kept={kept.tolist()} must be distinct channels, indices in 0..{d // kk - 1}")
     kept = kept.to(moments.xtx.device)
     return (kept[:, None] * kk + torch.arange(kk, device=kept.device)).flatten()

@@ -419,8 +419,35 @@ def test_choices_keep_what_their_names_say(chain: nn.Module, images: Tensor) -> 
     largest = (chain.conv1.weight * scale[:, None, None, None]).abs().sum((1, 2, 3)).topk(4).indices
     assert kept["max_response"].tolist() == largest.sort().values.tolist()
     assert errors["lasso"] < min(errors["first_k"], errors["random"])
-    with pytest.raises(ValueError, match="layer 'conv2': select='best' must be one of lasso, paper"):
+    with pytest.raises(ValueError, match="layer 'conv2': select='best' must be one of lasso, alternating, paper"):
         cp.mask_channels(chain, images, keep={"conv2": 4}, select="best")
+
+
+def test_alternating_is_lasso_and_least_squares_in_turn(chain: nn.Module, images: Tensor) -> None:
+    X, Y = (t.double() for t in cp.sample_layer(chain, "conv2", images, points=8))
+    A, C = ((t - t.mean(0)).numpy() for t in (X, Y))
+    columns = np.arange(72).reshape(8, 9)
+    left, W = np.arange(8), chain.conv2.weight.detach().double().flatten(2).numpy()  # (n, c, 9)
+    for width in (7, 6, 5, 4, 3):  # 8 (3 / 8)^(k / 5)
+        Z = np.stack([(A[:, columns[i]] @ (W[:, i] / np.linalg.norm(W[:, i])).T).ravel() for i in left], 1)
+        found = lasso.select(torch.from_numpy(Z.T @ Z), torch.from_numpy(Z.T @ C.ravel()), width)
+        left = left[found.kept.numpy()]
+        fit = np.linalg.lstsq(A[:, columns[left].ravel()], C, rcond=None)[0]
+        W[:, left] = fit.T.reshape(12, width, 9)
+    kept = choice.choose("alternating", reconstruct.Moments().add(X, Y), chain.conv2, 3)[0]
+    assert kept.tolist() == left.tolist()
+
+
+def test_a_choice_keeps_what_lives_and_refuses_other_widths(chain: nn.Module, images: Tensor) -> None:
+    X, Y = cp.sample_layer(chain, "conv2", images, points=8)
+    X.unflatten(1, (8, 9))[:, 2:5] = 0.0
+    moments = reconstruct.Moments().add(X, Y)
+    for name in ("lasso", "alternating", "paper"):
+        assert choice.choose(name, moments, chain.conv2, 7)[0].tolist() == [0, 1, 5, 6, 7]
+    for keep in (0, 9):
+        for name in choice.CHOICES:
+            with pytest.raises(ValueError, match=rf"keep={keep} must lie in 1\.\.8"):
+                choice.choose(name, moments, chain.conv2, keep)
 
 
 def test_thinet_is_greedy(images: Tensor) -> None:
@@ -464,5 +491,5 @@ def test_the_authors_widths_are_up_to_a_tenth_above(images: Tensor) -> None:
     assert all(20 <= width <= 22 for width in widths)
     with pytest.raises(ValueError, match="no alpha leaves 2 to 2 channels"):
         lasso.search(torch.eye(4), torch.tensor([3.0, 2.0, 2.0, 2.0]), 2)
-    with pytest.raises(ValueError, match=r"keep=5 must lie in 1\.\.4"):
+    with pytest.raises(ValueError, match=r"keep=5 must be .* at most what the path reaches, 4 here"):
         lasso.search(torch.eye(4), torch.ones(4), 5)

@@ -178,9 +178,13 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"weight \(4, 4, 2, 3\)"):
         reconstruct.lasso_problem(moments, weight[:, :4])
     for kept in ([], [5], [-1], [1, 1]):
-        with pytest.raises(ValueError, match=r"give distinct channels of the 5"):
+        with pytest.raises(ValueError, match=r"kept=.* must be distinct channels, indices in 0\.\.4"):
             reconstruct.refit(moments, torch.tensor(kept, dtype=torch.int64), (KH, KW))
-    with pytest.raises(ValueError, match=r"kernel=\(4, 4\): .* of the 1\.875"):
+    with pytest.raises(ValueError, match="must be distinct channels"):
+        reconstruct.refit(moments, torch.arange(5) < 2, (KH, KW))
+    with pytest.raises(ValueError, match=r"kernel=\(4, 4\) does not divide the 30 columns"):
         reconstruct.refit(moments, torch.tensor([0]), (4, 4))
+    with pytest.raises(ValueError, match="no samples: add"):
+        reconstruct.refit(reconstruct.Moments(), torch.tensor([0]), (KH, KW))
     with pytest.raises(ValueError, match="constant"):
         reconstruct.refit(streamed(X, torch.ones_like(Y)), torch.tensor([0]), (KH, KW))
