@@ -73,10 +73,13 @@ def departures(settings: dict[str, Any]) -> str:
 
     >>> departures({"masked": "still", "columns_of": "spp"})
     ', masked groups still, columns of SPP'
+    >>> departures({"masks": "expected"})
+    ', expected masks'
     """
     texts = {"masked": "masked groups {}", "ranking": "ranked by {}", "scope": "over the whole {}"}
-    texts |= {"siblings": "siblings {:g}", "columns_of": "columns of {}"}
+    texts |= {"siblings": "siblings {:g}", "columns_of": "columns of {}", "masks": "{} masks"}
     plain = {"masked": "decays", "ranking": "norm", "scope": "layer", "siblings": 0.0, "columns_of": ""}
+    plain["masks"] = "drawn"
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
     names = {**TITLES, "taylor": "gradient · weight", "first": "first norms"}
     return "".join(f", {texts[key].format(names.get(value, value))}" for key, value in found.items())
