@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sppkit.networks import WithinChannelLRN, convolutions
-
-# Modules and functions that treat each channel by itself: a channel can be followed through them.
+# Modules and functions that treat each channel by itself: a channel can be followed through them. A module of your own
+# that does so, and forwards nothing else, says it with an attribute `channelwise = True`.
 CHANNELWISE: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Identity, nn.Dropout)
-CHANNELWISE += (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, WithinChannelLRN)
+CHANNELWISE += (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 CHANNELWISE_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, "relu"}
 
 
@@ -89,9 +88,13 @@ class Flow:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, WithinChannelLRN | ColumnConv2d | SampledConv2d) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        leaf = isinstance(m, ColumnConv2d | SampledConv2d) or getattr(m, "channelwise", False)
+        return leaf or super().is_leaf_module(m, module_qualified_name)
+
+
+def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of a network by name, in the order in which they were defined."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def trace(network: nn.Module) -> fx.Graph:
@@ -122,6 +125,12 @@ def _reads_all(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module, SampledConv2d)
 
 
+def _channelwise(module: nn.Module | None, node: fx.Node) -> bool:
+    if module is None:
+        return node.target in CHANNELWISE_FUNCTIONS
+    return isinstance(module, CHANNELWISE) or getattr(module, "channelwise", False)
+
+
 def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False) -> None:
     flow.mixed |= not node.users
     for user in node.users:
@@ -131,7 +140,7 @@ def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False
         )
         if isinstance(module, nn.Linear) if flat else _reads_all(module):
             flow.consumers.append(str(user.target))
-        elif isinstance(module, CHANNELWISE) or (module is None and user.target in CHANNELWISE_FUNCTIONS):
+        elif _channelwise(module, user):
             flow.norms += [str(user.target)] if isinstance(module, nn.BatchNorm2d) else []
             _follow(network, user, flow, flat=flat)
         elif flattens and not flat:
@@ -143,9 +152,8 @@ def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False
 def channel_links(network: nn.Module) -> dict[str, str]:
     """Consumer convolution -> its producer, where input channels can be dropped together with the producer's filters.
 
-    >>> from sppkit import networks
-    >>> channel_links(networks.create("convnet"))
-    {'conv2': 'conv1', 'conv3': 'conv2'}
+    >>> channel_links(nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    {'2': '0'}
     """
     found, convs = flows(network).items(), convolutions(network)
     chains = {name: flow.consumers[0] for name, flow in found if len(flow.consumers) == 1 and not flow.mixed}
@@ -159,10 +167,9 @@ def compact(
 
     With `example` (B, C, H, W), a `largest_difference` of both networks above `tolerance` is a RuntimeError.
 
-    >>> from sppkit import networks
-    >>> net = networks.create("convnet").eval()
-    >>> _ = net.conv2.weight.data[:, :8].zero_()
-    >>> compact(net).conv1.weight.shape
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 4, 3))
+    >>> _ = net[2].weight.data[:, :8].zero_()
+    >>> compact(net)[0].weight.shape
     torch.Size([24, 3, 5, 5])
     """
     small = copy.deepcopy(network)

@@ -76,9 +76,9 @@ def widths(
     for all), as near to the ratio as a channel allows. `example` is (B, C, H, W). Raises ValueError for a ratio of 1 or
     less or out of reach, an unknown layer, a weight that is not positive.
 
-    >>> from sppkit import networks
-    >>> widths(networks.create("convnet"), torch.zeros(1, 3, 32, 32), 2)
-    {'conv2': 20, 'conv3': 20}
+    >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    >>> widths(network, torch.zeros(1, 3, 32, 32), 2)
+    {'2': 19, '4': 37}
     """
     if not 1 < flop_ratio < math.inf:
         raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
@@ -118,8 +118,8 @@ def _macs(macs: "pd.Series[int]", found: Mapping[str, Site], channels: Mapping[s
 def channel_prune(network: nn.Module, images: Tensor, **settings: object) -> tuple[nn.Module, pd.DataFrame]:
     """A smaller network that computes what `mask_channels` leaves, with that function's settings and its table.
 
-    >>> from sppkit import networks
-    >>> network, images = networks.create("resnet20"), torch.randn(20, 3, 32, 32)
+    >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    >>> images = torch.randn(20, 3, 16, 16)
     >>> small, table = channel_prune(network, images, flop_ratio=2)
     >>> round(cost.flop_ratio(network, small, images), 1)
     2.0

@@ -115,11 +115,11 @@ def factorise(
     (B points, c kh kw), a few times. Raises ValueError for an unknown method or layer, and as `solve`, `split` and
     `cp.mask_channels` do.
 
-    >>> from sppkit import networks
-    >>> network, images = networks.create("convnet"), torch.randn(20, 3, 32, 32)
+    >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    >>> images = torch.randn(20, 3, 16, 16)
     >>> small, table = factorise(network, images, method="spatial", flop_ratio=2)
     >>> table[["layer", "r", "d", "kept"]].values.tolist(), round(cost.flop_ratio(network, small, images), 2)
-    ([['conv2', 29, 0, 32], ['conv3', 39, 0, 32]], 2.0)
+    ([['2', 28, 0, 32], ['4', 39, 0, 64]], 1.99)
     """
     if method not in METHODS or (flop_ratio is None) == (ranks is None):
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}, with either flop_ratio or ranks")

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sppkit.compact import flows
+from sppkit.compact import convolutions, flows
 from sppkit.cost import conv_table
-from sppkit.networks import convolutions
 
 Layer = nn.Conv2d | nn.Linear
 KINDS = ("column", "block8", "block16", "block32", "channel", "filter")
@@ -31,10 +30,10 @@ class Groups:
     `example` (B, C, H, W) gives the sizes of the feature maps. Raises ValueError for another kind, an unknown, grouped,
     shared or too small layer, and for a network without convolutions.
 
-    >>> from sppkit import networks
-    >>> groups = Groups(networks.create("convnet"), torch.zeros(1, 3, 32, 32), kind="channel")
-    >>> groups.sizes, groups.flop_ratio(np.arange(67) < 35)
-    ({'conv1': 3, 'conv2': 32, 'conv3': 32}, 3.75)
+    >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    >>> groups = Groups(network, torch.zeros(1, 3, 32, 32), kind="channel")
+    >>> groups.sizes, round(groups.flop_ratio(np.arange(99) < 51), 2)
+    ({'0': 3, '2': 32, '4': 64}, 2.23)
     """
 
     def __init__(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sppkit import spp
+from sppkit.compact import convolutions
 from sppkit.groups import Groups
-from sppkit.networks import convolutions
 
 RULES = ("uniform", "tiers")
 
@@ -69,10 +69,10 @@ def make_plan(
     of `pca_sensitivity`. `example` (B, C, H, W), `kind` and `layers` are those of `Groups`. Raises ValueError for a
     ratio out of range or out of reach, and as `Groups` does.
 
-    >>> from sppkit import networks
-    >>> plan = make_plan(networks.create("convnet"), torch.zeros(1, 3, 32, 32), flop_ratio=4)
+    >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    >>> plan = make_plan(network, torch.zeros(1, 3, 32, 32), flop_ratio=4)
     >>> plan.targets, round(plan.reached, 3)
-    ({'conv1': 57, 'conv2': 598, 'conv3': 598}, 4.0)
+    ({'0': 57, '2': 216, '4': 431}, 3.992)
     """
     if (flop_ratio is None) == (ratio is None):
         raise ValueError(f"give one of flop_ratio={flop_ratio} and ratio={ratio}")

@@ -10,13 +10,12 @@ import pytest
 import torch
 from driver import run
 from settings import Experiment, Places, expand
+from training import networks
 from training.data import ImageData, load
 
-from sppkit import networks
-from sppkit.compact import SampledConv2d, largest_difference
+from sppkit.compact import SampledConv2d, convolutions, largest_difference
 from sppkit.cost import flop_ratio
 from sppkit.graph import fold
-from sppkit.networks import convolutions
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 SMALL = Experiment(

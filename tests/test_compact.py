@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training.networks import NETWORKS, create
 
 from sppkit import compact as module
-from sppkit.compact import ColumnConv2d, SampledConv2d, channel_links, compact, largest_difference
-from sppkit.networks import NETWORKS, convolutions, create
+from sppkit.compact import ColumnConv2d, SampledConv2d, channel_links, compact, convolutions, largest_difference
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,10 +7,10 @@ import timing
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from training.networks import create
 
 from sppkit import cost
 from sppkit.compact import ColumnConv2d, compact
-from sppkit.networks import create
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 

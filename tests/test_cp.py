@@ -12,8 +12,9 @@ import torchvision
 from sklearn.linear_model import Lasso
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import networks
 
-from sppkit import choice, compact, cost, cp, graph, lasso, networks, reconstruct
+from sppkit import choice, compact, cost, cp, graph, lasso, reconstruct
 
 
 class Chain(nn.Module):

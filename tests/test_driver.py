@@ -14,10 +14,10 @@ import torch
 from driver import Limits, baseline, run, run_all
 from settings import Experiment, Places, expand
 from settings import lines as lines_of
-from training import OutOfTime
+from training import OutOfTime, networks
 from training.data import ImageData, load
 
-from sppkit import networks, state
+from sppkit import state
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import networks
 
-from sppkit import cost, factorise, networks
+from sppkit import cost, factorise
 
 SHAPES = [{}, {"stride": 2, "padding": 1}, {"padding": (2, 1), "dilation": (2, 1)}, {"bias": False}]
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training import Training, TrainingStep, data, loop
+from training import Training, TrainingStep, data, loop, networks
 
-from sppkit import kernels, networks
+from sppkit import kernels
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
 

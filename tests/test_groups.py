@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import networks
 
-from sppkit import networks
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
 from sppkit.groups import KINDS, Groups

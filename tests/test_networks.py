@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training import networks
+from training.networks import WithinChannelLRN, create
 
-from sppkit import networks
+from sppkit.compact import convolutions
 from sppkit.cost import conv_table
-from sppkit.networks import WithinChannelLRN, create
 
 # Convolution MACs, the rounding of that figure, and weights of the dense networks at 32 pixels.
 COUNTS = {
@@ -121,7 +122,7 @@ def test_both_shortcuts_have_the_same_shapes(shortcut: str) -> None:
         block.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
     assert shapes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
-    projections = [name for name in networks.convolutions(network) if "shortcut" in name]
+    projections = [name for name in convolutions(network) if "shortcut" in name]
     assert projections == ([] if shortcut == "A" else ["blocks.3.shortcut.0", "blocks.6.shortcut.0"])
 
 

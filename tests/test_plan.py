@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training import networks
 
-from sppkit import networks
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
 from sppkit.groups import KINDS

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import networks
 
-from sppkit import networks, spp
+from sppkit import spp
 from sppkit.groups import Groups
 from sppkit.plan import Plan
 from sppkit.pruner import Pruner

@@ -12,13 +12,13 @@ import single
 import torch
 from driver import Limits, baseline, run
 from settings import Experiment, Places
-from training import OutOfTime, evaluate
+from training import OutOfTime, evaluate, networks
 from training.data import ImageData, load
 from variants import gone
 
-from sppkit import choice, cp, networks
+from sppkit import choice, cp
+from sppkit.compact import convolutions
 from sppkit.graph import fold
-from sppkit.networks import convolutions
 
 SMALL = Experiment(
     "small", method="layer", layer="conv3", batch_size=16, baseline_steps=30, baseline_milestones=(), images=60,

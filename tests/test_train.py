@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Batches, Normalise, Training, TrainingStep, evaluate, fit, loop
+from training import Batches, Normalise, Training, TrainingStep, evaluate, fit, loop, networks
 from training.data import ImageData, Split
 
-from sppkit import networks, state
+from sppkit import state
 from sppkit.groups import Groups
 from sppkit.plan import Plan
 from sppkit.pruner import Pruner

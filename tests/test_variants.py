@@ -14,11 +14,10 @@ import torch
 from settings import Experiment, Places
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Training, TrainingStep
+from training import Training, TrainingStep, networks
 from training.data import load
 from variants import VariedPruner, chosen, gone
 
-from sppkit import networks
 from sppkit.plan import make_plan
 
 LR, DECAY = 0.05, 0.02

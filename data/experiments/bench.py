@@ -8,11 +8,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from training import Training, TrainingStep
+from training import Training, TrainingStep, networks
 from training.data import ImageData, device_name, load, resolve_device
 from training.step import precision_flags
 
-from sppkit import networks
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
 

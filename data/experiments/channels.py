@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from settings import Experiment
 from torch import Tensor, nn
-from training import Normalise
+from training import Normalise, networks
 from training.data import ImageData
 
-from sppkit import cost, cp, networks
-from sppkit.compact import channel_links, compact, trace
+from sppkit import cost, cp
+from sppkit.compact import channel_links, compact, convolutions, trace
 from sppkit.graph import fold, sites
-from sppkit.networks import convolutions
 
 FACTORISATIONS = {"jaderberg": "spatial", "asym": "channel", "asym3d": "3d", "3c": "3c"}
 Smaller = tuple[nn.Module, nn.Module | None, dict[str, Any]]  # network, the same before the refit, notes

@@ -25,13 +25,13 @@ from channels import smaller
 from settings import CHANNELS, SINGLE, Experiment, Places, expand, lines
 from single import STUDIES
 from torch import nn
-from training import Normalise, OutOfTime, evaluate, evaluation, renew_statistics, stepwise
+from training import Normalise, OutOfTime, evaluate, evaluation, networks, renew_statistics, stepwise
 from training.data import ImageData, Split, device_name, load, resolve_device
 from training.loop import exhaust
 from training.step import precision_flags
 from variants import VariedPruner, chosen
 
-from sppkit import cost, networks, state
+from sppkit import cost, state
 from sppkit.compact import compact
 from sppkit.methods import cut, taylor_scores
 from sppkit.plan import make_plan, pca_sensitivity

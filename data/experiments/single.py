@@ -22,9 +22,8 @@ from training import evaluate
 from training.data import ImageData
 
 from sppkit import choice, cp
-from sppkit.compact import channel_links
+from sppkit.compact import channel_links, convolutions
 from sppkit.graph import fold
-from sppkit.networks import convolutions
 from sppkit.reconstruct import Moments, error, refit
 
 RATIOS = (4 / 3, 2, 3, 4)  # of input channels before and after

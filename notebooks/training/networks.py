@@ -13,6 +13,8 @@ from torch.nn import functional as F
 class WithinChannelLRN(nn.Module):
     """Caffe's response normalisation inside a channel: x (1 + alpha mean(x²))^-beta, over 3x3 with zero padding."""
 
+    channelwise = True  # `compact.trace` follows channels through it
+
     def forward(self, x: Tensor) -> Tensor:
         return x * (1 + 5e-5 * F.avg_pool2d(x * x, 3, stride=1, padding=1)) ** -0.75  # alpha 5e-5, beta 0.75
 
@@ -126,8 +128,3 @@ def create(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
         network = NETWORKS[name](classes)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions of a network by name, in the order in which they were defined."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
