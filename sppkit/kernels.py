@@ -17,7 +17,7 @@ else:
     def _hide(weight, keep, groups, mask, masked, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         there = at < count
-        kept = tl.load(keep + tl.load(groups + at, mask=there, other=0), mask=there, other=0)
+        kept = tl.load(keep + tl.load(groups + at, mask=there, other=0).to(tl.int32), mask=there, other=0)
         tl.store(mask + at, kept, mask=there)
         tl.store(masked + at, tl.where(kept != 0, tl.load(weight + at, mask=there, other=0), 0), mask=there)
 
@@ -25,14 +25,19 @@ else:
     def _clear(first, second, mask, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         hidden = (tl.load(mask + at, mask=at < count, other=1) == 0) & (at < count)
-        tl.store(first + at, tl.zeros((BLOCK,), tl.float32), mask=hidden)  # what is kept is neither read nor written
-        tl.store(second + at, tl.zeros((BLOCK,), tl.float32), mask=hidden)
+        tl.store(first + at, 0.0, mask=hidden)  # what is kept is neither read nor written
+        tl.store(second + at, 0.0, mask=hidden)
 
 
 def hide(weight: Tensor, keep: Tensor, groups: Tensor, mask: Tensor, masked: Tensor) -> None:
-    """mask = keep[groups] and masked = weight · mask; keep (G,), groups int32, the others of one length."""
+    """mask = keep[groups] and masked = weight · mask; keep (G,), groups as `narrow` gives them, the others as long."""
     if not _launched(_hide, weight, keep, groups, mask, masked):
-        torch.mul(weight, torch.index_select(keep, 0, groups, out=mask), out=masked)
+        torch.mul(weight, torch.index_select(keep, 0, groups.int(), out=mask), out=masked)
+
+
+def narrow(groups: Tensor, count: int) -> Tensor:
+    """int32 indices below `count`, on a GPU in two bytes where these can hold them: `hide` waits for memory alone."""
+    return groups.to(torch.uint16) if groups.is_cuda and count <= 2**16 else groups
 
 
 def clear(first: Tensor, second: Tensor, mask: Tensor) -> None:

@@ -116,6 +116,7 @@ class Pruner:
             rows.copy_(self.groups.spread(self.groups.rows[name], view, rows=True))
             view.copy_(module.weight.detach())
             module.weight.data, module.weight.grad = view, gradient
+        self._read = kernels.narrow(self._columns, G + 2)
         self._own = self._rows if self.groups.kind == "filter" else self._columns
         longest = max(self.groups.sizes.values())
         ids = [[*range(part.start, part.stop)] + [G + 1] * longest for part in self.slices.values()]
@@ -174,7 +175,7 @@ class Pruner:
 
     def apply(self) -> None:
         """The part of `mask` that is captured."""
-        kernels.hide(self._weight, self._keep, self._columns, self._mask, self._masked)
+        kernels.hide(self._weight, self._keep, self._read, self._mask, self._masked)
         if self.groups.kind == "filter":
             self._mask.logical_and_(self._keep.index_select(0, self._rows))
             torch.mul(self._weight, self._mask, out=self._masked)
