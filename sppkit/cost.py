@@ -16,7 +16,8 @@ def layer_table(network: nn.Module, example: Tensor) -> pd.DataFrame:
     """One row a convolution or linear layer, for one image of the shape of `example` (B, C, H, W).
 
     Columns: layer, kind ("conv" or "linear"), macs, weights (biases not counted), groups (columns N_c of the
-    convolution's GEMM matrix), in_channels, out_channels, height, width (of the output).
+    convolution's GEMM matrix), in_channels, out_channels, height, width (of the output). Raises ValueError for images
+    that the network cannot run on, such as too small ones.
     """
     rows: list[tuple[str | int, ...]] = []
     probe = copy.deepcopy(network).eval()
@@ -32,7 +33,11 @@ def layer_table(network: nn.Module, example: Tensor) -> pd.DataFrame:
         rows.append((names[module], "linear" if linear else "conv", *sizes, height, width))
 
     with torch.inference_mode(), nn.modules.module.register_module_forward_hook(record):
-        probe(example[:1])
+        try:
+            probe(example[:1])
+        except RuntimeError as error:
+            images = f"images {tuple(example.shape)} of {example.dtype}"
+            raise ValueError(f"the network cannot run on {images}, give it what it was trained on: {error}") from error
     columns = ["layer", "kind", "macs", "weights", "groups", "in_channels", "out_channels", "height", "width"]
     return pd.DataFrame(rows, columns=columns)
 

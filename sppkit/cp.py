@@ -5,10 +5,13 @@ lost; at the end of a residual branch Y is what the pruned shortcut leaves of th
 """
 
 import copy
+import functools
+import gc
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pandas as pd
 import torch
@@ -21,6 +24,29 @@ from sppkit.graph import Probe, Site, fold, sites, unfold
 from sppkit.reconstruct import Moments, error, refit
 
 Samples = list[tuple[Tensor, Tensor]]  # of each batch: positions (B, points), outputs there (B * points, n)
+Settings = ParamSpec("Settings")
+Result = TypeVar("Result")
+
+
+def frugal(function: Callable[Settings, Result]) -> Callable[Settings, Result]:
+    """`function` begins again with half its `batch_size` images a chunk when memory runs out; a warning names it."""
+
+    @functools.wraps(function)
+    def run(*arguments: Settings.args, **settings: Settings.kwargs) -> Result:
+        size: Any = settings.get("batch_size", 100)
+        while True:
+            settings["batch_size"] = size
+            try:
+                return function(*arguments, **settings)
+            except (RuntimeError, MemoryError) as problem:
+                known = (torch.OutOfMemoryError, MemoryError)
+                if size < 2 or not (isinstance(problem, known) or "can't allocate memory" in str(problem)):
+                    raise
+            size //= 2
+            gc.collect()  # a graph that was being run refers to itself
+            warnings.warn(f"out of memory: begun again with batch_size={size}", stacklevel=2)
+
+    return run
 
 
 def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor:
@@ -128,6 +154,7 @@ def channel_prune(network: nn.Module, images: Tensor, **settings: object) -> tup
     return compact(masked, columns=False), table
 
 
+@frugal
 @torch.no_grad()
 def mask_channels(
     network: nn.Module,
@@ -155,9 +182,10 @@ def mask_channels(
 
     Of the table, a row a layer: channels, kept, filters (of which layer they go too; "" behind a sampler), error_before
     with the old weights of the kept channels and error after the refit (see `reconstruct.error`), alpha and violation
-    (of `lasso.select`), macs before and macs_left, filters gone included. It needs the memory of the samples of all
-    outputs, (B · points) floats an output channel. Raises ValueError as those functions do, and for layers or widths
-    that cannot be pruned.
+    (of `lasso.select`), undetermined directions of the weights (see `reconstruct.refit`), macs before and macs_left,
+    filters gone included. In memory: the samples of all outputs, (B · points) floats an output channel; of one layer
+    its moments, (c kh kw + n)^2 doubles, a few times; and a chunk of batch_size images, halved where that is too much.
+    Raises ValueError as those functions do, for images the network cannot run on and what cannot be pruned.
     """
     if (flop_ratio is None) == (keep is None):
         raise ValueError("give either flop_ratio or keep")
@@ -196,7 +224,7 @@ def mask_channels(
                 statistics[name] = _output_statistics(conv, moments)
         except ValueError as problem:
             raise ValueError(f"layer {name!r}: {problem}") from problem
-    columns = ["layer", "channels", "kept", "filters", "error_before", "error", "alpha", "violation"]
+    columns = ["layer", "channels", "kept", "filters", "error_before", "error", "alpha", "violation", "undetermined"]
     table = pd.DataFrame(rows, columns=columns)
     macs = cost.conv_table(original, example).set_index("layer")["macs"]
     left = _macs(macs, found, limits, dict(zip(table["layer"], table["kept"], strict=True)))
@@ -207,7 +235,7 @@ def mask_channels(
 def prune_layer(
     conv: nn.Conv2d, moments: Moments, keep: int, select: str = "lasso", **settings: Any
 ) -> tuple[float, ...]:
-    """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation.
+    """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation, undetermined.
 
     moments: of what it reads and what it is to give; select and settings: of `choice.choose`, not asked to keep all.
     """
@@ -221,7 +249,7 @@ def prune_layer(
     conv.weight[:, kept] = fit.weight.to(conv.weight)
     conv.bias = nn.Parameter(fit.bias.to(conv.weight))
     left = conv.weight.ne(0).transpose(0, 1).flatten(1).any(1)  # (c,): one that was 0 in every sample gets no weight
-    return int(left.sum()), before, fit.error, alpha, violation
+    return int(left.sum()), before, fit.error, alpha, violation, fit.weight[0].numel() - fit.rank
 
 
 def _output_statistics(conv: nn.Conv2d, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -243,6 +271,7 @@ def collect(
     """In one pass, for each place its positions and what it is to reproduce there: its output, or the sum it enters."""
     if images.ndim != 4 or not len(images) or not images.isfinite().all() or points < 1:
         raise ValueError(f"images {tuple(images.shape)} must be (B > 0, C, H, W), all finite, and points={points} > 0")
+    cost.layer_table(network, images[:1].to(next(network.parameters()).device))
     samples: dict[str, Samples] = {name: [] for name in places}
     generators = {name: torch.Generator().manual_seed(seed) for name in places}  # on the CPU: the same on any device
 

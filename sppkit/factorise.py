@@ -94,6 +94,7 @@ def low_rank(X: Tensor, Y: Tensor, rank: int, *, relu: bool = False) -> tuple[Te
     return P, Q, U.mean(0) - P @ (Q @ centre)
 
 
+@cp.frugal
 @torch.no_grad()
 def factorise(
     network: nn.Module,

@@ -61,7 +61,7 @@ def select(gram: Tensor, correlation: Tensor, keep: int) -> Selection:
     widths = active.sum(1)  # of the stretches: up or down by one, so none is left out
     if not 1 <= keep <= widths.max(initial=0):
         found = f"{widths.max(initial=0)}, what the path reaches of {int((np.diag(G) > 0).sum())} live channels"
-        raise ValueError(f"keep={keep} must lie in 1..{found}; the rest repeat these or add nothing")
+        raise ValueError(f"keep={keep} must lie in 1..{found}; in these samples the rest repeat them or add nothing")
     stretches = np.flatnonzero(widths == keep)
     knots = [k for k in stretches if np.count_nonzero(betas[k + 1]) == keep]
     k = (knots or stretches)[0]

@@ -55,7 +55,7 @@ class Refit:
     weight: Tensor  # (n, keep, kh, kw) float64
     bias: Tensor  # (n,) float64
     error: float  # relative reconstruction error, see `error`
-    rank: int  # of the normal equations, at most; below keep kh kw, other weights fit as well
+    rank: int  # of the normal equations, at most; keep kh kw less this is how many directions they leave undetermined
 
 
 def lasso_problem(moments: Moments, weight: Tensor, *, unit_norm: bool = True) -> tuple[Tensor, Tensor]:
@@ -100,8 +100,8 @@ def refit(moments: Moments, kept: Tensor, kernel: tuple[int, int]) -> Refit:
     """Least squares with intercept of Y on the kept channels' patches: CP step (ii), once.
 
     Cholesky; the minimum-norm pseudo-inverse where columns are nearly dependent. Where counting alone shows the rank
-    too low (few samples, constant columns), a ridge keeps to Cholesky, far cheaper. Raises ValueError for `kept` out
-    of range or repeated, a kernel that does not divide the moments, a constant Y.
+    too low (few samples, constant columns), a ridge of RIDGE keeps to Cholesky, far cheaper. Raises ValueError for
+    `kept` out of range or repeated, a kernel that does not divide the moments, a constant Y.
 
     >>> moments = Moments().add(torch.tensor([[0.0, 5.0], [4.0, 5.0]]), torch.tensor([[1.0], [9.0]]))
     >>> fit = refit(moments, torch.tensor([0]), (1, 1))

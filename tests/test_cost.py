@@ -88,7 +88,7 @@ def test_counting_leaves_mode_hooks_and_statistics_alone(training: bool) -> None
     network = create("resnet20").train(training)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     cost.summary(network, torch.ones(1, 3, 32, 32))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="cannot run on images"):
         cost.summary(network, torch.ones(1, 4, 32, 32))
     assert network.training is training
     assert all(module.training is training for module in network.modules())

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torchvision
 from sklearn.linear_model import Lasso
-from torch import Tensor, nn
+from torch import Tensor, is_tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import networks
 
 from sppkit import choice, compact, cost, cp, graph, lasso, reconstruct
@@ -229,6 +231,72 @@ def test_bad_input_is_named(chain: nn.Module, images: Tensor) -> None:
         cp.mask_channels(chain, images[:0], flop_ratio=2)
 
 
+@pytest.mark.parametrize("asked", [{"flop_ratio": 2.0}, {"keep": {"features.3": 30}}])
+def test_images_that_do_not_fit_the_network_are_refused(asked: dict) -> None:
+    network = torchvision.models.alexnet(num_classes=2)
+    with pytest.raises(ValueError, match=r"images \(1, 3, 16, 16\) of torch.float32.* too small"):  # receptive field
+        cp.mask_channels(network, torch.randn(2, 3, 16, 16), **asked)
+    with pytest.raises(ValueError, match=r"images \(1, 1, 64, 64\)"):
+        cp.mask_channels(network, torch.randn(2, 1, 64, 64), **asked)
+    with pytest.raises(ValueError, match=r"of torch\.uint8"):
+        cp.mask_channels(network, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), **asked)
+
+
+def test_smaller_chunks_where_memory_runs_out(
+    chain: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, chunks, limit = reconstruct.Moments.add, list[int](), 100
+
+    def limited(self: reconstruct.Moments, X: Tensor, Y: Tensor) -> reconstruct.Moments:
+        chunks.append(len(X))
+        if len(X) > limit:
+            raise torch.OutOfMemoryError("Tried to allocate more than there is")
+        return add(self, X, Y)
+
+    _, expected = cp.mask_channels(chain, images, flop_ratio=2, batch_size=10)
+    monkeypatch.setattr(reconstruct.Moments, "add", limited)
+    with pytest.warns(UserWarning, match="out of memory: begun again with batch_size=") as caught:
+        _, table = cp.mask_channels(chain, images, flop_ratio=2, batch_size=40)
+    assert [str(each.message)[-2:] for each in caught] == ["20", "10"]
+    assert chunks[:3] == [400, 200, 100]
+    assert len(chunks) == 2 + 2 * 4
+    pd.testing.assert_frame_equal(table, expected)
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="=1"):  # not even one image
+        cp.mask_channels(chain, images, flop_ratio=2, batch_size=2)
+
+
+def test_what_the_samples_leave_undetermined_is_reported(chain: nn.Module, images: Tensor) -> None:
+    _, table = cp.mask_channels(chain, images, keep={"conv2": 6, "conv3": 6})
+    assert table["undetermined"].tolist() == [0, 0]
+    _, table = cp.mask_channels(chain, images[:5], keep={"conv2": 6, "conv3": 6})  # 50 samples of 54 and 6 columns
+    assert table["undetermined"].tolist() == [6 * 9 - 49, 0]
+
+
+def test_no_tensor_grows_with_the_number_of_samples() -> None:
+    """Z, as the paper forms it, would have N n c entries."""
+    c, n, chunk = 8, 16, 50
+    most, random = 0, torch.Generator().manual_seed(0)
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal most
+            result = function(*args, **(kwargs or {}))
+            sizes = [tensor.untyped_storage().nbytes() for tensor in pytree.tree_leaves(result) if is_tensor(tensor)]
+            most = max([most, *sizes])
+            return result
+
+    conv, moments = nn.Conv2d(c, n, 3), reconstruct.Moments()
+    with Largest():
+        for _ in range(200):
+            moments.add(torch.randn(chunk, c * 9, generator=random), torch.randn(chunk, n, generator=random))
+        with torch.no_grad():
+            cp.prune_layer(conv, moments, 4)
+    assert moments.count == 200 * chunk
+    assert most == 8 * max((c * 9 + n) ** 2, chunk * (c * 9 + n))
+    assert most < 8 * moments.count * n * c / 100
+
+
 def test_grouped_layer_is_refused_by_name(images: Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(ValueError, match="layer '2'; the layers"):
@@ -369,6 +437,39 @@ def test_whole_networks_are_pruned_and_compact(name: str) -> None:
     assert [type(m) for m in small.modules() if isinstance(m, nn.BatchNorm2d)] == [
         type(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d)
     ]
+
+
+class Inception(nn.Module):
+    """Two branches of unequal depth, concatenated with their input: an inception module and a dense block in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.squeeze, self.wide = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 8, 3, padding=1)
+        self.side, self.norm, self.last = nn.Conv2d(6, 5, 1), nn.BatchNorm2d(19), nn.Conv2d(19, 7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        both = torch.cat([x, self.wide(self.squeeze(x).relu()).relu(), self.side(x).relu()], 1)
+        return self.last(self.norm(both).relu()).mean((2, 3))
+
+
+def test_concatenated_branches_are_read_through_samplers(images: Tensor) -> None:
+    torch.manual_seed(0)
+    network = shifted(Inception())
+    masked, table = cp.mask_channels(network, images, flop_ratio=1.6)
+    assert dict(zip(table["layer"], table["filters"], strict=True)) == {
+        "squeeze": "",
+        "wide": "squeeze",
+        "side": "",
+        "last": "",
+    }
+    small = compact.compact(masked, columns=False)
+    assert isinstance(small.get_submodule("last"), compact.SampledConv2d)
+    assert compact.largest_difference(masked, small, images) < 1e-5
+    assert cost.flop_ratio(network, small, images) == pytest.approx(1.6, rel=0.05)
+    everything = dict(zip(table["layer"], table["channels"], strict=True))
+    same, _ = cp.mask_channels(network, images, keep=everything, points=100)
+    assert compact.largest_difference(network, same, images) < 1e-5
 
 
 def test_keeping_every_channel_of_a_residual_network_changes_nothing(images: Tensor, branches: nn.Module) -> None:
