@@ -10,7 +10,7 @@ COMMANDS = {
     "check": ("OK or FAIL for every requirement, then the device and the data sets found", "check", "check"),
     "data": ("load a data set, downloading it first if asked, and describe it", "check", "describe"),
     "run": ("run experiments, resumable, skipping what is recorded", "driver", "main"),
-    "bench": ("training speed: eager, captured, pruning", "bench", "main"),
+    "bench": ("training speed: eager, captured, pruning; `bench channels`: that of channel pruning", "bench", "main"),
     "figures": ("draw the figures whose records changed", "draw", "main"),
     "report": ("print the table of an experiment's records in Markdown", "draw", "report"),
 }

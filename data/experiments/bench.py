@@ -1,4 +1,7 @@
-"""Training speed: the captured step beside the eager one and beside a step that prunes, in one run."""
+"""Training speed: the captured step beside the eager one and beside a step that prunes, in one run.
+
+`bench channels` is about channel pruning instead, see `bench_channels`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import time
 from typing import Any
 
+import bench_channels
 import pandas as pd
 import torch
 from training import Training, TrainingStep, networks
@@ -69,7 +73,12 @@ def training_speed(
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """`python -m sppkit bench`."""
+    """`python -m sppkit bench`, and `bench channels`."""
+    if arguments[:1] == ["channels"]:
+        parser.prog, parser.description = f"{parser.prog} channels", bench_channels.__doc__
+        bench_channels.main(parser, arguments[1:])
+        return
+    parser.epilog = "sppkit bench channels: how fast channels are pruned; it has a --help of its own"
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dataset", default="cifar10", help="cifar10, or digits where that is absent")
     parser.add_argument("--batch-size", type=int, default=128)
