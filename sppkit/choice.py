@@ -42,11 +42,7 @@ def thinet(gram: Tensor, keep: int) -> Tensor:
 
 def _lasso(moments: Moments, weight: Tensor, keep: int) -> Selection:
     gram, correlation = lasso_problem(moments, weight)
-    return select(gram, correlation, min(keep, _live(gram)))
-
-
-def _live(gram: Tensor) -> int:
-    return max(int((gram.diagonal() > 0).sum()), 1)
+    return select(gram, correlation, keep)
 
 
 def _alternating(moments: Moments, weight: Tensor, keep: int) -> Selection:
@@ -71,7 +67,7 @@ def choose(
     producer: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, float, float]:
-    """Kept channels (keep,) ascending, and LASSO's alpha and violation, 0 for the others; it passes over dead ones.
+    """Kept channels (keep,) ascending, and LASSO's alpha and violation, 0 for the others; dead ones are its last.
 
     few: moments of the samples that "paper" sees, all by default. producer: weight (c, ...) of the filters that make
     the input, if one convolution makes it. generator: of "random". Raises ValueError for an unknown name, keep out of
@@ -86,7 +82,7 @@ def choose(
         if name == "paper":
             bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias
             gram, correlation = paper_problem(moments if few is None else few, weight, bias)
-            found = search(gram, correlation, min(keep, _live(gram)))
+            found = search(gram, correlation, keep)
         else:
             found = (_lasso if name == "lasso" else _alternating)(moments, weight, keep)
         return found.kept, found.alpha, found.violation

@@ -237,9 +237,13 @@ def prune_layer(
 ) -> tuple[float, ...]:
     """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation, undetermined.
 
-    moments: of what it reads and what it is to give; select and settings: of `choice.choose`, not asked to keep all.
+    moments: of what it reads and is to give (if constant, none stays); select and settings: of `choice.choose`.
     """
     bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
+    if not moments.yty.any():  # units that never answer: no channel explains a constant
+        conv.weight.zero_()
+        conv.bias = nn.Parameter(moments.mean_y.to(conv.weight))
+        return 0, 0.0, 0.0, 0.0, 0.0, 0
     kept, alpha, violation = torch.arange(conv.in_channels, device=bias.device), 0.0, 0.0
     if keep < conv.in_channels:
         kept, alpha, violation = choice.choose(select, moments, conv, keep, **settings)
@@ -272,6 +276,8 @@ def collect(
     if images.ndim != 4 or not len(images) or not images.isfinite().all() or points < 1:
         raise ValueError(f"images {tuple(images.shape)} must be (B > 0, C, H, W), all finite, and points={points} > 0")
     cost.layer_table(network, images[:1].to(next(network.parameters()).device))
+    if (images == images[:1, :, :1, :1]).all():
+        raise ValueError(f"images {tuple(images.shape)} are constant, so there is nothing to choose by")
     samples: dict[str, Samples] = {name: [] for name in places}
     generators = {name: torch.Generator().manual_seed(seed) for name in places}  # on the CPU: the same on any device
 

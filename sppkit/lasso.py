@@ -48,28 +48,30 @@ def path(gram: Tensor, correlation: Tensor) -> tuple[Tensor, Tensor]:
 def select(gram: Tensor, correlation: Tensor, keep: int) -> Selection:
     """The channels of the path's first knot, from large alpha, with exactly `keep` non-zero coefficients.
 
-    If each stretch with `keep` channels ends in one leaving, the middle of the first is taken. `violation` is the
-    largest of |q_i - (G beta)_i - alpha sign(beta_i)| over the kept. Raises ValueError as `path` does, and for a width
-    that the path does not reach.
+    If each stretch with `keep` channels ends in one leaving, the middle of the first is taken. A width that the path
+    does not reach is made up at its end, alpha = 0, by channels that repeat others or add nothing, with beta = 0: those
+    of most energy first. `violation` is the largest of |q_i - (G beta)_i - alpha sign(beta_i)| where beta is not 0.
+    Raises ValueError as `path` does, and for keep out of 1..c.
 
     >>> found = select(torch.eye(3), torch.tensor([1.0, 3.0, 2.0]), keep=2)
     >>> found.kept.tolist(), found.beta.tolist(), found.alpha
     ([1, 2], [0.0, 2.0, 1.0], 1.0)
     """
     G, q, energy, top = _scaled(gram, correlation)
+    if not 1 <= keep <= len(q):
+        raise ValueError(f"keep={keep} must lie in 1..{len(q)}")
     _, betas, active = _path(G, q, keep)
     widths = active.sum(1)  # of the stretches: up or down by one, so none is left out
-    if not 1 <= keep <= widths.max(initial=0):
-        found = f"{widths.max(initial=0)}, what the path reaches of {int((np.diag(G) > 0).sum())} live channels"
-        raise ValueError(f"keep={keep} must lie in 1..{found}; in these samples the rest repeat them or add nothing")
-    stretches = np.flatnonzero(widths == keep)
+    stretches = [*np.flatnonzero(widths == keep)]
     knots = [k for k in stretches if np.count_nonzero(betas[k + 1]) == keep]
-    k = (knots or stretches)[0]
-    beta = betas[k + 1] if knots else (betas[k] + betas[k + 1]) / 2
+    k = (knots or stretches or [len(active) - 1])[0]
+    beta = (betas[k] + betas[k + 1]) / 2 if stretches and not knots else betas[k + 1]
+    on = active[k] if stretches else beta != 0
     residual = q - G @ beta
     alpha = float(np.abs(residual).max())
     violation = np.abs(residual - alpha * np.sign(beta))[beta != 0].max(initial=0.0)
-    kept, beta = (torch.from_numpy(a).to(gram.device) for a in (np.flatnonzero(active[k]), beta * (top / energy)))
+    chosen = np.sort(np.lexsort((-np.diag(G), ~on))[:keep])
+    kept, beta = (torch.from_numpy(a).to(gram.device) for a in (chosen, beta * (top / energy)))
     return Selection(kept=kept, beta=beta, alpha=alpha * top, violation=float(violation))
 
 
@@ -78,7 +80,7 @@ def search(gram: Tensor, correlation: Tensor, keep: int, *, start: float = 1e-3,
 
     alpha doubles from `start`, in units of the correlation, until fewer than `keep` coefficients are left, then the
     interval below is halved until the count fits. The coefficients are exact here; there coordinate descent finds
-    them, and the first `start` is the last layer's. Fields, and ValueError, as `select`.
+    them, and the first `start` is the last layer's. Fields, ValueError and widths beyond the path as `select`.
 
     >>> search(torch.eye(3), torch.tensor([0.1, 0.3, 0.2]), keep=1).kept.tolist()
     [1]
@@ -86,8 +88,8 @@ def search(gram: Tensor, correlation: Tensor, keep: int, *, start: float = 1e-3,
     G, q, energy, top = _scaled(gram, correlation)
     most = int((1 + tolerance) * keep)
     alphas, betas, active = _path(G, q, min(most + 1, len(q)))
-    if not 1 <= keep <= (widest := active.sum(1).max(initial=0)):
-        raise ValueError(f"keep={keep} must be at least 1, and at most what the path reaches, {widest} here")
+    if not 1 <= keep <= active.sum(1).max(initial=0):
+        return select(gram, correlation, keep)
 
     def count(alpha: float) -> int:
         return 0 if alpha >= alphas[0] else int(active[min(int((alphas > alpha).sum()), len(active)) - 1].sum())

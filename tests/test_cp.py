@@ -540,12 +540,13 @@ def test_alternating_is_lasso_and_least_squares_in_turn(chain: nn.Module, images
     assert kept.tolist() == left.tolist()
 
 
-def test_a_choice_keeps_what_lives_and_refuses_other_widths(chain: nn.Module, images: Tensor) -> None:
+def test_a_choice_takes_dead_channels_last_and_refuses_other_widths(chain: nn.Module, images: Tensor) -> None:
     X, Y = cp.sample_layer(chain, "conv2", images, points=8)
     X.unflatten(1, (8, 9))[:, 2:5] = 0.0
     moments = reconstruct.Moments().add(X, Y)
     for name in ("lasso", "alternating", "paper"):
-        assert choice.choose(name, moments, chain.conv2, 7)[0].tolist() == [0, 1, 5, 6, 7]
+        assert choice.choose(name, moments, chain.conv2, 5)[0].tolist() == [0, 1, 5, 6, 7]
+        assert set(choice.choose(name, moments, chain.conv2, 7)[0].tolist()) > {0, 1, 5, 6, 7}
     for keep in (0, 9):
         for name in choice.CHOICES:
             with pytest.raises(ValueError, match=rf"keep={keep} must lie in 1\.\.8"):
@@ -593,5 +594,25 @@ def test_the_authors_widths_are_up_to_a_tenth_above(images: Tensor) -> None:
     assert all(20 <= width <= 22 for width in widths)
     with pytest.raises(ValueError, match="no alpha leaves 2 to 2 channels"):
         lasso.search(torch.eye(4), torch.tensor([3.0, 2.0, 2.0, 2.0]), 2)
-    with pytest.raises(ValueError, match=r"keep=5 must be .* at most what the path reaches, 4 here"):
+    with pytest.raises(ValueError, match=r"keep=5 must lie in 1\.\.4"):
         lasso.search(torch.eye(4), torch.ones(4), 5)
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_dead_block_of_a_residual_network_goes(images: Tensor, correct: bool) -> None:
+    network = networks.create("resnet20", seed=0).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    dead = network.blocks[4].bn1
+    nn.init.zeros_(dead.weight)
+    nn.init.constant_(dead.bias, -1.0)  # never positive: the ReLU behind it gives 0
+    masked, table = cp.mask_channels(network, images, flop_ratio=2, correct=correct)
+    table = table.set_index("layer")
+    assert table.loc[["blocks.4.conv1", "blocks.4.conv2"], "kept"].tolist() == [0, 0]
+    assert table["kept"].drop(["blocks.4.conv1", "blocks.4.conv2"]).min() > 1
+    assert table.loc["blocks.4.conv1", "error"] == 0
+    small = compact.compact(masked, images, columns=False)
+    assert compact.largest_difference(masked, small, images) < 1e-9
+    with pytest.raises(ValueError, match=r"images \(4, 3, 32, 32\) are constant"):
+        cp.mask_channels(network, torch.ones(4, 3, 32, 32), flop_ratio=2)
