@@ -24,7 +24,17 @@ TITLES = {
     "taylor": "TP (Taylor)",
     "ssl": "SSL (group lasso)",
     "cp": "CP",
+    "fp": "FP (L1)",
+    "scratch": "CP's widths from scratch",
+    "jaderberg": "Jaderberg",
+    "asym": "Asym.",
+    "asym3d": "Asym. 3D",
+    "3c": "3C",
+    "layer": "one layer",
+    "draws": "one layer, drawn anew",
 }
+KINDS = {"cp": ", channels", "fp": ", filters"}  # those of the methods that have no choice of groups, if any
+KINDS |= dict.fromkeys(("scratch", "jaderberg", "asym", "asym3d", "3c", "layer", "draws"), "")
 
 
 def read(name: str, root: Path | None = None) -> pd.DataFrame:
@@ -36,7 +46,8 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
         raise ValueError(f"no records of {name!r} in {folder}, {there}; `python -m sppkit run` makes them")
     runs = pd.DataFrame(map(json.loads, found[name].read_text().splitlines()))
     titles = [*map(title, runs["method"], runs["settings"])]
-    return runs.assign(title=titles, lost=runs["acc_baseline"] - runs["acc_final"])
+    final = runs["acc_final"] if "acc_final" in runs else float("nan")  # studies of one layer train nothing
+    return runs.assign(title=titles, lost=runs["acc_baseline"] - final)
 
 
 def title(method: str, settings: dict[str, Any]) -> str:
@@ -44,9 +55,11 @@ def title(method: str, settings: dict[str, Any]) -> str:
 
     >>> title("spp", {"kind": "column", "ranking": "first"})
     'SPP, columns, ranked by first norms'
+    >>> title("cp", {"renew": True})
+    'CP, channels, BatchNorm renewed'
     """
-    kind = "channel" if method == "cp" else settings.get("kind", "column")
-    return f"{TITLES[method]}, {kind}s{departures(settings)}"
+    kind = KINDS.get(method, f", {settings.get('kind', 'column')}s")
+    return f"{TITLES[method]}{kind}{departures(settings)}"
 
 
 def trace(run_id: str, root: Path | None = None) -> tuple[Tensor, dict[str, slice], int]:
@@ -80,6 +93,9 @@ def departures(settings: dict[str, Any]) -> str:
     texts |= {"siblings": "siblings {:g}", "columns_of": "columns of {}", "masks": "{} masks"}
     plain = {"masked": "decays", "ranking": "norm", "scope": "layer", "siblings": 0.0, "columns_of": ""}
     plain["masks"] = "drawn"
+    texts |= {"select": "chosen by {}", "samplers": "no sampler", "correct": "shortcut's loss not corrected"}
+    texts["renew"] = "BatchNorm renewed"
+    plain |= {"select": "lasso", "samplers": True, "correct": True, "renew": False}
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
     names = {**TITLES, "taylor": "gradient · weight", "first": "first norms"}
     return "".join(f", {texts[key].format(names.get(value, value))}" for key, value in found.items())
@@ -94,7 +110,7 @@ def varied(runs: pd.DataFrame) -> pd.Series:
     """
     names = ("interval", "A", "u", "form", "gradient", "rescale", "rule", "prune_lr", "retrain_steps")
     texts = pd.Series("", index=runs.index)
-    for name in (*names, "retrain_weight_decay"):
+    for name in (*names, "retrain_lr", "retrain_weight_decay"):
         values = runs["settings"].map(lambda settings, name=name: settings.get(name))  # older records lack some
         most = {title: group.mode() for title, group in values.groupby(runs["title"])}
         usual = runs["title"].map({title: modes[0] for title, modes in most.items() if len(modes) == 1})
