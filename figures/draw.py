@@ -127,10 +127,12 @@ def markdown(table: pd.DataFrame) -> str:
 def tables(name: str, root: Path, *, flop_ratio: float | None = None) -> list[str]:
     """The runs of data/runs/<name>.jsonl in Markdown with captions: the methods, then controlled departures from them.
 
-    What of the two a list does not have is left out. ValueError for a list without records, and where `flop_ratio` was
-    not a target of any run.
+    What of the two a list does not have is left out. ValueError for a list without records or with studies of single
+    layers, and where `flop_ratio` was not a target of any run.
     """
     runs = read(name, root)
+    if runs["lost"].isna().all():
+        raise ValueError(f"{name!r} has studies of single layers, which are not a table of methods; see the notebooks")
     if flop_ratio is not None:
         targets, runs = sorted(set(runs["flop_ratio_target"])), runs[runs["flop_ratio_target"] == flop_ratio]
         if runs.empty:

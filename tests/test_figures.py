@@ -117,6 +117,14 @@ def test_a_list_without_records_is_named_beside_those_that_have_some(places: Pat
         draw.tables("empty", places)
 
 
+def test_studies_of_single_layers_are_no_table_of_methods(places: Path) -> None:
+    row = {key: value for key, value in record("layer", 2, 0, 0.0).items() if key != "acc_final"}
+    (places / "data" / "runs" / "layers.jsonl").write_text(json.dumps(row) + "\n")
+    assert records.read("layers", places)["lost"].isna().all()
+    with pytest.raises(ValueError, match="'layers' has studies of single layers"):
+        draw.tables("layers", places)
+
+
 def test_the_retraining_figure_shows_each_method_of_both_lists(places: Path) -> None:
     lists = [records.read("s1-convnet", places)] * 2
     lists[0] = lists[0].assign(settings=[{"weight_decay": 0.5}] * len(lists[0]))
