@@ -45,6 +45,9 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
         there = f"there are {', '.join(found)}" if found else "nor of anything else"
         raise ValueError(f"no records of {name!r} in {folder}, {there}; `python -m sppkit run` makes them")
     runs = pd.DataFrame(map(json.loads, found[name].read_text().splitlines()))
+    if "method" not in runs:
+        way_out = "they are no runs of methods, read their lines with json, as notebook 10 does"
+        raise ValueError(f"{found[name]}: its records have no 'method'; {way_out}")
     titles = [*map(title, runs["method"], runs["settings"])]
     final = runs["acc_final"] if "acc_final" in runs else float("nan")  # studies of one layer train nothing
     return runs.assign(title=titles, lost=runs["acc_baseline"] - final)

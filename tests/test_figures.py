@@ -125,6 +125,12 @@ def test_studies_of_single_layers_are_no_table_of_methods(places: Path) -> None:
         draw.tables("layers", places)
 
 
+def test_records_without_a_method_are_named_with_the_way_out(places: Path) -> None:
+    (places / "data" / "runs" / "bench-channels.jsonl").write_text('{"experiment": "bench-channels"}\n')
+    with pytest.raises(ValueError, match=r"bench-channels\.jsonl: its records have no 'method'; .* with json"):
+        draw.tables("bench-channels", places)
+
+
 def test_the_retraining_figure_shows_each_method_of_both_lists(places: Path) -> None:
     lists = [records.read("s1-convnet", places)] * 2
     lists[0] = lists[0].assign(settings=[{"weight_decay": 0.5}] * len(lists[0]))
