@@ -100,7 +100,8 @@ def departures(settings: dict[str, Any]) -> str:
     texts["renew"] = "BatchNorm renewed"
     plain |= {"select": "lasso", "samplers": True, "correct": True, "renew": False}
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
-    names = {**TITLES, "taylor": "gradient · weight", "first": "first norms"}
+    names = {**TITLES, "taylor": "gradient · weight", "first": "first norms", "raw": "norms, not their ranks"}
+    names |= {"history": "summed norms", "masked": "summed norms, masked"}
     return "".join(f", {texts[key].format(names.get(value, value))}" for key, value in found.items())
 
 

@@ -70,7 +70,7 @@ def oneshot(pruner: Pruner, importance: Tensor) -> Tensor:
 
 def random(pruner: Pruner, importance: Tensor) -> Tensor:
     """Random groups of each layer, at once and for good."""
-    generator = torch.Generator().manual_seed(pruner.seed)
+    generator = torch.Generator().manual_seed(pruner.generator.initial_seed())  # rank 0's
     return oneshot(pruner, torch.rand(len(importance), generator=generator).to(importance))
 
 

@@ -103,6 +103,10 @@ def test_random_groups_depend_on_the_seed_alone() -> None:
         drawn.append(pruner.gone)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+    other = prune(chain(), method="random", seed=1)
+    other.generator.set_state(prune(chain(), seed=0).generator.get_state())  # as several processes get rank 0's
+    other.update()
+    assert torch.equal(other.gone, drawn[0])
 
 
 def test_gradual_masks_follow_the_cubic_share_and_can_be_lifted() -> None:

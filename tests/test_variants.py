@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training import Training, TrainingStep, networks
 from training.data import load
-from variants import VariedPruner, chosen, gone
+from variants import VariedPruner, advance_by_norm, chosen, gone
 
+from sppkit import spp
 from sppkit.plan import make_plan
 
 LR, DECAY = 0.05, 0.02
@@ -153,6 +154,56 @@ def test_the_ranking_by_taylor_is_the_sum_over_the_steps_by_hand() -> None:
     torch.testing.assert_close(pruner.importance()[:27], expected)
     own = net[0].weight.detach().abs().sum(0).flatten()
     torch.testing.assert_close(pruner.importance()[:27], own)  # the sums start anew
+
+
+@pytest.mark.parametrize("ranking", ["history", "masked"])
+def test_summed_norms_by_hand(ranking: str) -> None:
+    net, pruner, optimizer = set_up(ranking=ranking)
+    expected = torch.zeros(27)
+    for number in range(4):
+        norms = net[0].weight.detach().abs().sum(0).flatten()
+        step(net, pruner, optimizer, number)
+        kept = pruner._mask[: 6 * 27].view(6, 27)[0]
+        expected += norms * (kept if ranking == "masked" else 1)
+    assert 0 < int(kept.sum()) < 27
+    torch.testing.assert_close(pruner.importance()[:27], expected)
+    own = net[0].weight.detach().abs().sum(0).flatten()
+    torch.testing.assert_close(pruner.importance()[:27], own)  # the sums start anew
+
+
+def test_norms_at_equal_distances_move_probabilities_as_their_ranks_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, target = torch.rand(3, 12, generator=generator), torch.tensor([9, 4, 1])
+    norms = torch.stack([torch.randperm(12, generator=generator) * scale + 5.0 for scale in (0.1, 1, 30)])
+    p[0, norms[0].argmin()] = 1.0  # the ranks of the others stay at equal distances
+    moved = advance_by_norm(p, norms, target)
+    torch.testing.assert_close(moved, spp.advance(p, norms, target), rtol=1e-6, atol=1e-7)
+    order = torch.randperm(12, generator=generator)
+    assert torch.equal(advance_by_norm(p[:, order], norms[:, order], target), moved[:, order])
+
+
+def test_a_group_whose_norm_is_near_the_threshold_hardly_moves_by_norm() -> None:
+    norms = torch.tensor([[1.0, 1.9, 1.99, 2.0, 8.0, 9.0, torch.inf]])  # a layer filled up
+    p = torch.tensor([[0.5] * 6 + [1.0]])
+    by_norm, by_rank = (f(p, norms, torch.tensor([4])) - p for f in (advance_by_norm, spp.advance))
+    assert by_norm[0, 3] == by_rank[0, 3] == 0
+    assert 0 < by_norm[0, 2] < 0.1 * by_rank[0, 2]
+    torch.testing.assert_close(by_norm[0, 0], torch.tensor(0.05))
+    torch.testing.assert_close(by_norm[0, 5], by_rank[0, 5])
+    assert (by_norm[0, :3] > 0).all()
+    assert (by_norm[0, 4:6] < 0).all()
+    same = advance_by_norm(p, norms.clamp(max=3).masked_fill(norms < 9, 3.0), torch.tensor([4]))  # all norms alike
+    assert torch.equal(same, p)
+
+
+@pytest.mark.parametrize("ranking", ["raw", "history", "masked"])
+def test_these_rankings_end_at_the_plan(ranking: str, tmp_path: Path) -> None:
+    small = Experiment(
+        "small", ranking=ranking, batch_size=16, baseline_steps=5, baseline_milestones=(), interval=1,
+        prune_steps=80, retrain_steps=2, retrain_milestones=(), A=0.5,
+    )  # fmt: skip
+    record = driver.run(small, load("digits"), Places(tmp_path, revision="test"))
+    assert record["flop_ratio"] == pytest.approx(2, rel=0.01)
 
 
 def test_the_sums_are_saved_with_the_weights(tmp_path: Path) -> None:

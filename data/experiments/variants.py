@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sppkit import spp
 from sppkit.pruner import Pruner
 
 MASKED = ("decays", "still", "momentum", "trained")
-RANKINGS = ("norm", "first", "taylor")
+RANKINGS = ("norm", "first", "taylor", "raw", "history", "masked")
 SCOPES = ("layer", "network")
 MASKS = ("drawn", "expected")
 
@@ -24,7 +27,9 @@ class VariedPruner(Pruner):
     masked: "decays" is SPP's; "still": their weights do not move at all; "momentum": their momentum is not cleared;
     "trained": they get the gradient that the masked network has at their place.
     ranking: "norm" is SPP's; "first": the norms before the first step, for all updates; "taylor": the sum over the
-    steps since the last update of |sum of gradient · weight| in a group, masked or not; norms before the first step.
+    steps since the last update of |sum of gradient · weight| in a group, masked or not; norms before the first step;
+    "raw": the norms themselves move the probabilities, not their ranks, see `advance_by_norm`; "history" and "masked":
+    the sum over the steps since the last update of the norms, and of the norms as masked, 0 where a group was masked.
     scope: "layer" is SPP's; "network": one ranking of all groups, by importance per MAC that a group costs. How many go
     is what the plan's FLOP ratio takes, counted anew at every update; each layer keeps its best group.
     siblings: a column's importance is divided by the expected number of columns of its input channel that stay, the sum
@@ -47,7 +52,7 @@ class VariedPruner(Pruner):
         if self.masks == "expected" and (self.method, self.masked) != ("spp", "decays"):
             raise ValueError(f"masks='expected' is SPP without masked groups; got {self.method!r}, {self.masked!r}")
         self._share = torch.ones_like(self._weight)  # (elements,) of a weight that is there, if that is "expected"
-        self._sums = torch.zeros_like(self._p)  # (G + 2,) of the ranking "taylor"
+        self._sums = torch.zeros_like(self._p)  # (G + 2,) of the rankings that look at every step
         self.sums = {"taylor": self._sums}
         self._first = super().importance()
         self._stays: Tensor | None = None  # (G,)
@@ -86,6 +91,9 @@ class VariedPruner(Pruner):
         if self.ranking == "taylor":
             product = (self._gradient * self._weight).to(self._sums.dtype)
             self._sums += torch.zeros_like(self._sums).index_add_(0, self._own, product).abs_()
+        elif self.ranking in ("history", "masked"):
+            size = self._weight.abs() * (self._mask if self.ranking == "masked" else 1)
+            self._sums.index_add_(0, self._own, size.to(self._sums.dtype))
         if self.masks == "expected":
             self.restore()
             self._gradient.mul_(self._share)
@@ -112,7 +120,7 @@ class VariedPruner(Pruner):
         importance = super().importance()
         if self.ranking == "first":
             importance = self._first
-        elif self.ranking == "taylor" and bool(self._sums.any()):
+        elif self.ranking in ("taylor", "history", "masked") and bool(self._sums.any()):
             importance = self._sums[: self.groups.count].clone()
             self._sums.zero_()
         if self.siblings:
@@ -121,6 +129,12 @@ class VariedPruner(Pruner):
         if self.scope == "network":
             importance = self._over_the_network(importance)
         return importance if self._stays is None else importance + self._stays * (1 + importance.max())
+
+    def update(self) -> None:
+        """SPP's, or with norms in the place of ranks."""
+        by_norm = patch.object(spp, "advance", advance_by_norm) if self.ranking == "raw" else nullcontext()
+        with by_norm:
+            super().update()
 
     def _over_the_network(self, importance: Tensor) -> Tensor:
         """Importance per MAC; counts how many groups, the least important ones first, make up the FLOP ratio."""
@@ -146,6 +160,29 @@ class VariedPruner(Pruner):
         """Prune the groups that went in the run of `record`, in this run's own order."""
         stays = ~gone(record["notes"]["gone"], self.groups.count)
         self._stays = torch.from_numpy(stays).to(self._p.device)
+
+
+def advance_by_norm(
+    p: Tensor, importance: Tensor, target: Tensor, *, A: float = 0.05, u: float = 0.25, form: str = "adaptive"
+) -> Tensor:
+    """`spp.advance` with a position on the scale of norms in the place of the rank: two linear pieces.
+
+    Of n groups left, m yet to go, the smallest norm is at 0, the first that would stay, by rank, at m, the largest at
+    n - 1, the others between them by their norms. Norms at equal distances are where their ranks are. "adaptive" only.
+    """
+    if form != "adaptive":
+        raise ValueError(f"form={form!r}: norms in the place of ranks go with 'adaptive'")
+    gone = p == 1
+    missing = (target - gone.sum(1))[:, None].clamp(min=0)  # (L, 1)
+    norms = importance.double().masked_fill(gone, torch.inf)
+    left = norms.isfinite().sum(1, keepdim=True).clamp(min=1)
+    ordered = norms.sort(dim=1).values
+    low, middle, high = (ordered.gather(1, at.clamp(max=left - 1)) for at in (0 * missing, missing, left - 1))
+    below = missing * (norms - low) / (middle - low).clamp(min=1e-300)
+    above = missing + (left - 1 - missing) * (norms - middle) / (high - middle).clamp(min=1e-300)
+    place = torch.where(norms < middle, below, above).nan_to_num(posinf=0)
+    moved = (p.double() + spp.increment(place, missing.clamp(min=1), A=A, u=u)).clamp(0, 1)
+    return torch.where(gone | (missing <= 0), p, moved.to(p.dtype))
 
 
 def chosen(pruner: Pruner) -> str:
