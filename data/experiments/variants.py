@@ -132,8 +132,7 @@ class VariedPruner(Pruner):
 
     def update(self) -> None:
         """SPP's, or with norms in the place of ranks."""
-        by_norm = patch.object(spp, "advance", advance_by_norm) if self.ranking == "raw" else nullcontext()
-        with by_norm:
+        with patch.object(spp, "advance", advance_by_norm) if self.ranking == "raw" else nullcontext():
             super().update()
 
     def _over_the_network(self, importance: Tensor) -> Tensor:
