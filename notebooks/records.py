@@ -65,13 +65,34 @@ def title(method: str, settings: dict[str, Any]) -> str:
     return f"{TITLES[method]}{kind}{departures(settings)}"
 
 
+def _trace(run_id: str, root: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return state.load((root or project_root()) / "data" / "runs" / "traces" / f"{run_id}.safetensors", kind="trace")
+
+
+def _unpacked(values: Tensor, dtype: torch.dtype, about: dict[str, Any]) -> Tensor:
+    flat = torch.frombuffer(bytearray(zlib.decompress(values.numpy().tobytes())), dtype=dtype)
+    return flat.view(*reversed(about["shape"])).T
+
+
 def trace(run_id: str, root: Path | None = None) -> tuple[Tensor, dict[str, slice], int]:
     """Recorded probabilities (updates, groups), float64 in 255ths; the layers' groups; training steps between rows."""
-    path = (root or project_root()) / "data" / "runs" / "traces" / f"{run_id}.safetensors"
-    tensors, about = state.load(path, kind="trace")
-    flat = torch.frombuffer(bytearray(zlib.decompress(tensors["probability"].numpy().tobytes())), dtype=torch.uint8)
+    tensors, about = _trace(run_id, root)
     layers = {name: slice(*ends) for name, ends in about["layers"].items()}
-    return flat.view(*reversed(about["shape"])).T.double() / 255, layers, about["interval"]
+    return _unpacked(tensors["probability"], torch.uint8, about).double() / 255, layers, about["interval"]
+
+
+def ranks(run_id: str, root: Path | None = None) -> Tensor:
+    """Recorded ranks (updates, groups) within the layers, before each update; 0: the smallest norm, gone groups first.
+
+    KeyError for a run that has none: they are kept of seed 0, where groups are few, and older records lack them.
+    """
+    tensors, about = _trace(run_id, root)
+    return _unpacked(tensors["ranks"], torch.int16, about).long()
+
+
+def history(run_id: str, root: Path | None = None) -> dict[str, pd.DataFrame]:
+    """Rows an epoch of "pruning" and "retraining": step, lr, loss, accuracy (% on training batches), seconds."""
+    return {phase: pd.DataFrame(rows) for phase, rows in _trace(run_id, root)[1]["history"].items()}
 
 
 def retraining_decay(settings: dict[str, Any]) -> float:
@@ -97,8 +118,8 @@ def departures(settings: dict[str, Any]) -> str:
     plain = {"masked": "decays", "ranking": "norm", "scope": "layer", "siblings": 0.0, "columns_of": ""}
     plain["masks"] = "drawn"
     texts |= {"select": "chosen by {}", "samplers": "no sampler", "correct": "shortcut's loss not corrected"}
-    texts["renew"] = "BatchNorm renewed"
-    plain |= {"select": "lasso", "samplers": True, "correct": True, "renew": False}
+    texts |= {"renew": "BatchNorm renewed", "refit": "no refit"}
+    plain |= {"select": "lasso", "samplers": True, "correct": True, "renew": False, "refit": True}
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
     names = {**TITLES, "taylor": "gradient · weight", "first": "first norms", "raw": "norms, not their ranks"}
     names |= {"history": "summed norms", "masked": "summed norms, masked"}

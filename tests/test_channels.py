@@ -152,6 +152,19 @@ def test_the_settings_reach_the_pruning(digits: ImageData) -> None:
     assert not torch.equal(*means)  # type: ignore[arg-type]
 
 
+def test_without_the_refit_the_same_channels_keep_their_weights(digits: ImageData) -> None:
+    network, images = networks.create("convnet"), channels.training_images(digits, SMALL)
+    plan = replace(SMALL, method="cp")
+    (fitted, bare, notes), (small, none, same) = (
+        channels.smaller(network, digits, replace(plan, refit=refit)) for refit in (True, False)
+    )
+    assert none is None
+    assert bare is not None
+    assert [layer["kept"] for layer in notes["layers"]] == [layer["kept"] for layer in same["layers"]]
+    assert largest_difference(bare, small, images[:20]) < 1e-12
+    assert largest_difference(fitted, small, images[:20]) > 1e-3
+
+
 def test_what_is_recorded_keeps_its_id() -> None:
     plain = Experiment("e", method="cp")
     for name, value in {
@@ -159,6 +172,7 @@ def test_what_is_recorded_keeps_its_id() -> None:
         "samplers": False,
         "correct": False,
         "renew": True,
+        "refit": False,
         "masks": "expected",
     }.items():
         assert replace(plain, **{name: value}).run_id != plain.run_id

@@ -125,6 +125,22 @@ def test_the_trace_of_seed_0_is_kept(finished: Places) -> None:
     assert pruned <= (trace[-1] == 1).sum() <= planned  # the FLOP ratio may come first
 
 
+def test_ranks_and_histories_lie_beside_the_trace(finished: Places) -> None:
+    spp = lines(finished, "small")[0]
+    trace, layers, _ = records.trace(spp["run_id"], finished.root)
+    ranks = records.ranks(spp["run_id"], finished.root)
+    assert ranks.shape == trace.shape
+    for part in layers.values():
+        whole = torch.arange(part.stop - part.start).expand(len(ranks), -1)
+        assert torch.equal(ranks[:, part].sort(1).values, whole), "a permutation at each update"
+    first = trace[0, layers["conv2"]]
+    assert (first[ranks[0, layers["conv2"]].argsort()].diff() <= 0).all(), "the smaller the rank, the larger p"
+    history = records.history(spp["run_id"], finished.root)
+    assert [int(rows["step"].iloc[-1]) for rows in history.values()] == [260, 6]
+    assert list(history) == ["pruning", "retraining"]
+    assert "history" not in spp["notes"]
+
+
 def test_a_baseline_that_was_tampered_with_is_refused(digits: ImageData, tmp_path: Path) -> None:
     places = Places(tmp_path, revision="test")
     network, _ = baseline(SMALL, digits, places)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training import Training, TrainingStep, networks
 from training.data import load
-from variants import VariedPruner, advance_by_norm, chosen, gone
+from variants import VariedPruner, WatchedPruner, advance_by_norm, chosen, gone
 
 from sppkit import spp
 from sppkit.plan import make_plan
+from sppkit.pruner import Pruner
 
 LR, DECAY = 0.05, 0.02
 
@@ -336,4 +337,25 @@ def test_a_plan_by_pca_weighs_the_layers() -> None:
     uniform, pca = (driver.make_pruner(net, digits, replace(plain, rule=rule)).plan for rule in ("uniform", "pca"))
     assert uniform.targets != pca.targets
     assert pca.reached == pytest.approx(4, rel=0.01)
-    assert type(driver.make_pruner(net, digits, plain)).__name__ == "Pruner", "the paper's method is not a variant"
+    assert not isinstance(driver.make_pruner(net, digits, plain), VariedPruner), "the paper's method is not a variant"
+
+
+def test_a_watched_pruner_knows_every_rank_and_prunes_like_any_other() -> None:
+    probabilities = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 2))
+        plan = make_plan(net, torch.zeros(1, 3, 8, 8), ratio=0.5)
+        pruner = WatchedPruner(net, plan, A=0.4, most=30) if watched else Pruner(net, plan, A=0.4)
+        for number in range(12):
+            gone_before = pruner.gone.clone()
+            norms = [net[i].weight.detach().abs().sum(0).flatten() for i in (0, 2)]
+            pruner.update()
+            if isinstance(pruner, WatchedPruner):
+                for part, norm in zip(pruner.slices.values(), norms, strict=True):
+                    ranks, went = pruner.ranks[number, part], gone_before[part]
+                    assert (norm[ranks.long().argsort()].diff() >= 0).all(), "ascending"
+                    assert (ranks[went] < went.sum()).all(), "those that are gone have the smallest"
+        assert pruner.gone.any()
+        probabilities.append(pruner.probability.clone())
+    assert torch.equal(*probabilities)

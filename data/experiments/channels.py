@@ -96,7 +96,8 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
                 network, images, keep=keep, **{name: getattr(plan, name) for name in names}
             )
             bare = without(network, {name: gone(convolutions(masked)[name]) for name in table["layer"]})
-            return compact(masked, images[:64], columns=False), bare, {"layers": table.to_dict("records")}
+            thin = compact(masked if plan.refit else bare, images[:64], columns=False)
+            return thin, bare if plan.refit else None, {"layers": table.to_dict("records")}
         if plan.method == "scratch":  # another seed than that of the baseline, whose weights these must not be
             fresh = networks.create(plan.network, classes=len(data.classes), seed=1000 + plan.seed).to(images.device)
             last = {name: torch.arange(width, _inputs(fresh, name)) for name, width in keep.items()}

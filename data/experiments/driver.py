@@ -29,7 +29,7 @@ from training import Normalise, OutOfTime, evaluate, evaluation, networks, renew
 from training.data import ImageData, Split, device_name, load, resolve_device
 from training.loop import exhaust
 from training.step import precision_flags
-from variants import VariedPruner, chosen
+from variants import VariedPruner, WatchedPruner, chosen
 
 from sppkit import cost, state
 from sppkit.compact import compact
@@ -40,6 +40,7 @@ from sppkit.pruner import Pruner
 AHEAD = 8  # steps
 LARGE = 4_000_000  # parameters of a network whose checkpoint is not committed
 TRACE = 4_000_000  # numbers in one recorded trace at most; longer ones are thinned out
+RANKS = 1_000_000  # the same of ranks; no longer ones are kept
 Stages = Generator[None, None, dict[str, Any]]
 # A method's network, its masks, and notes for the record
 Pruned = Generator[None, None, tuple[nn.Module, Pruner | None, dict[str, Any]]]
@@ -92,13 +93,15 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     history = yield from stepwise(pruned, data, settings, pruner=pruner, **limits(work / "retrain.safetensors"))
     small = compact(pruned, example, columns=pruner is not None)
     left = cost.summary(small, example)
-    moving = experiment.method in ("spp", "gradual", "deterministic") and not experiment.columns_of
-    if pruner is not None and moving and experiment.seed == experiment.holdout == 0:  # one seed is enough for pictures
+    pruning = notes.pop("history", None)
+    if pruner is not None and _traced(experiment):
         layers = {name: [part.start, part.stop] for name, part in pruner.slices.items()}
         trace, every = thinned((torch.stack(pruner.trace) * 255).round().to(torch.uint8))  # in 255ths
-        packed = bytearray(zlib.compress(trace.T.contiguous().numpy().tobytes(), 9))  # `records.trace` unpacks it
         about = {"kind": "trace", "layers": layers, "interval": every * pruner.interval, "shape": [*trace.shape]}
-        tensors = {"probability": torch.frombuffer(packed, dtype=torch.uint8)}
+        about["history"] = {"pruning": pruning, "retraining": history.to_dict("list")}
+        tensors = {"probability": packed(trace)}  # `records` unpacks it
+        if isinstance(pruner, WatchedPruner):
+            tensors["ranks"] = packed(pruner.ranks[: pruner.updates])
         state.save(places.runs / "traces" / f"{experiment.run_id}.safetensors", tensors, about)
     results = {
         "flop_ratio": dense["conv_macs"] / left["conv_macs"],
@@ -117,6 +120,12 @@ def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limi
     for path in work.glob("*.safetensors"):
         path.unlink()
     return record
+
+
+def _traced(plan: Experiment) -> bool:
+    """Whether the probabilities over time are kept: where they move; one seed is enough for pictures."""
+    moving = plan.method in ("spp", "gradual", "deterministic") and not plan.columns_of
+    return moving and plan.seed == plan.holdout == 0
 
 
 def baseline(
@@ -177,7 +186,12 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     if plan.method == "taylor":
         batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))
         options["score"] = lambda: taylor_scores(network, amounts.groups, batches)
-    return Pruner(network, amounts, **options) if plain else VariedPruner(network, amounts, **options, **varied)
+    if not plain:
+        return VariedPruner(network, amounts, **options, **varied)
+    most = plan.prune_steps // plan.interval + 1
+    if _traced(plan) and most * amounts.groups.count <= RANKS:
+        return WatchedPruner(network, amounts, **options, most=most)
+    return Pruner(network, amounts, **options)
 
 
 def thinned(trace: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -188,6 +202,11 @@ def thinned(trace: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     every = -(-trace.numel() // TRACE)
     return trace[(len(trace) - 1) % every :: every], every
+
+
+def packed(rows: torch.Tensor) -> torch.Tensor:
+    """(updates, groups) of whole numbers, compressed, as bytes."""
+    return torch.frombuffer(bytearray(zlib.compress(rows.T.contiguous().cpu().numpy().tobytes(), 9)), dtype=torch.uint8)
 
 
 def _train_masks(
@@ -216,7 +235,7 @@ def _train_masks(
     if not pruner.finished:
         raise RuntimeError(f"{settings.steps} steps were too few to prune; raise prune_steps. So far:\n{table}")
     notes: dict[str, Any] = {"steps": int(last["step"]), "seconds": last["seconds"], **undecided}
-    notes["acc_pruned"] = evaluate(network, data, settings)
+    notes |= {"acc_pruned": evaluate(network, data, settings), "history": history.to_dict("list")}
     notes |= {"updates": pruner.updates, "recovered": int(table["recovered"].sum()), "planned": pruner.plan.reached}
     notes["pruned"] = dict(zip(table["layer"], table["pruned"].tolist(), strict=True))
     notes["gone"] = chosen(pruner)

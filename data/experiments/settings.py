@@ -22,7 +22,7 @@ METHODS = ("baseline", "cp", *methods.METHODS, *CHANNELS[1:], *SINGLE)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
 LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "siblings"]
-LATER += ["columns_of", "masks", "select", "samplers", "correct", "renew", "layer"]
+LATER += ["columns_of", "masks", "select", "samplers", "correct", "renew", "refit", "layer"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
 RULES = (*plan.RULES, "pca", "paper")
 
@@ -74,10 +74,11 @@ class Experiment:
     retrain_weight_decay: float = -1.0  # -1: weight_decay
     images: int = 5_000  # CP: training images sampled
     points: int = 10  # CP: positions an image
-    select: str = "lasso"  # CP: one of `choice.CHOICES`; this and the next three as `cp.mask_channels` has them
+    select: str = "lasso"  # CP: one of `choice.CHOICES`; this and the next three, as `cp.mask_channels` has them
     samplers: bool = True
     correct: bool = True
     renew: bool = False
+    refit: bool = True  # CP: False leaves the channels chosen their own weights, as FP does
     layer: str = ""  # the one that "layer" and "draws" are about
     holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
 

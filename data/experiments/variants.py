@@ -21,6 +21,26 @@ MASKS = ("drawn", "expected")
 
 
 @dataclass(eq=False, repr=False)
+class WatchedPruner(Pruner):
+    """A pruner that remembers how groups ranked at each update, within their layers: 0 is the smallest norm."""
+
+    _: KW_ONLY
+    most: int = 0  # updates
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ranks = torch.zeros(self.most, self.groups.count, dtype=torch.int16, device=self._p.device)
+        self.sums = {"ranks": self.ranks}
+
+    def update(self) -> None:
+        """SPP's; those that are gone have the smallest ranks."""
+        importance = self.importance()
+        for part in self.slices.values():
+            self.ranks[self.updates, part] = importance[part].argsort(stable=True).argsort().short()
+        super().update()
+
+
+@dataclass(eq=False, repr=False)
 class VariedPruner(Pruner):
     """A pruner with other rules for masked groups, or another ranking.
 
