@@ -118,8 +118,8 @@ def departures(settings: dict[str, Any]) -> str:
     plain = {"masked": "decays", "ranking": "norm", "scope": "layer", "siblings": 0.0, "columns_of": ""}
     plain["masks"] = "drawn"
     texts |= {"select": "chosen by {}", "samplers": "no sampler", "correct": "shortcut's loss not corrected"}
-    texts |= {"renew": "BatchNorm renewed", "refit": "no refit"}
-    plain |= {"select": "lasso", "samplers": True, "correct": True, "renew": False, "refit": True}
+    texts |= {"renew": "BatchNorm renewed", "refit": "no refit", "ridge": "ridge {:g}"}
+    plain |= {"select": "lasso", "samplers": True, "correct": True, "renew": False, "refit": True, "ridge": 0.0}
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
     names = {**TITLES, "taylor": "gradient · weight", "first": "first norms", "raw": "norms, not their ranks"}
     names |= {"history": "summed norms", "masked": "summed norms, masked"}

@@ -34,7 +34,7 @@ from typing import Any
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("sppkit/*.py", *(f"notebooks/{name}.py" for name in ("training/*", "records", "timing")))
+SOURCES = ("sppkit/*.py", *(f"notebooks/{name}.py" for name in ("training/*", "factorise", "records", "timing")))
 SOURCES = (*SOURCES, "data/runs/*", "data/checkpoints/*", "data/experiments/*.json")
 SIZE_LIMIT = 1_000_000  # bytes of a committed notebook
 WIDGET = "application/vnd.jupyter.widget-view+json"

@@ -167,6 +167,7 @@ def mask_channels(
     samplers: bool = True,
     correct: bool = True,
     renew: bool = False,
+    ridge: float = 0.0,
     points: int = 10,
     seed: int = 0,
     batch_size: int = 100,
@@ -178,6 +179,7 @@ def mask_channels(
     fewer live channels keeps those.
     select: how channels are chosen, one of `choice.CHOICES`; all get the same refit.
     correct: the end of a residual branch makes up for what its pruned shortcut lost.
+    ridge: of the refit towards the weights as they were, see `reconstruct.refit`.
     renew: BatchNorms, folded meanwhile, get means and variances of the pruned network, instead of the original's.
 
     Of the table, a row a layer: channels, kept, filters (of which layer they go too; "" behind a sampler), error_before
@@ -218,7 +220,7 @@ def mask_channels(
                     few.add(X[here], Y[here])
             producer = None if place.producer is None else convolution(original, place.producer).weight
             settings = {"few": few, "producer": producer, "generator": generator}
-            row = prune_layer(conv, moments, wanted[name], select, **settings)
+            row = prune_layer(conv, moments, wanted[name], select, ridge, **settings)
             rows.append([name, conv.in_channels, row[0], place.producer or "", *row[1:]])
             if renew:
                 statistics[name] = _output_statistics(conv, moments)
@@ -233,11 +235,12 @@ def mask_channels(
 
 
 def prune_layer(
-    conv: nn.Conv2d, moments: Moments, keep: int, select: str = "lasso", **settings: Any
+    conv: nn.Conv2d, moments: Moments, keep: int, select: str = "lasso", ridge: float = 0.0, **settings: Any
 ) -> tuple[float, ...]:
     """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation, undetermined.
 
-    moments: of what it reads and is to give (if constant, none stays); select and settings: of `choice.choose`.
+    moments: of what it reads and is to give (if constant, none stays); select, settings: of `choice.choose`; ridge: of
+    `refit`, towards the weights as they were.
     """
     bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
     if not moments.yty.any():  # units that never answer: no channel explains a constant
@@ -247,8 +250,9 @@ def prune_layer(
     kept, alpha, violation = torch.arange(conv.in_channels, device=bias.device), 0.0, 0.0
     if keep < conv.in_channels:
         kept, alpha, violation = choice.choose(select, moments, conv, keep, **settings)
-    before = error(moments, conv.weight[:, kept], bias, kept)
-    fit = refit(moments, kept, (conv.kernel_size[0], conv.kernel_size[1]))
+    own = conv.weight[:, kept]
+    before = error(moments, own, bias, kept)
+    fit = refit(moments, kept, (conv.kernel_size[0], conv.kernel_size[1]), ridge=ridge, own=own)
     conv.weight.zero_()
     conv.weight[:, kept] = fit.weight.to(conv.weight)
     conv.bias = nn.Parameter(fit.bias.to(conv.weight))

@@ -96,12 +96,17 @@ def paper_problem(moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tenso
     return gram - torch.outer(Z.mean(0), Z.mean(0)), correlation - Z.mean(0) * Y.mean()
 
 
-def refit(moments: Moments, kept: Tensor, kernel: tuple[int, int]) -> Refit:
+def refit(
+    moments: Moments, kept: Tensor, kernel: tuple[int, int], *, ridge: float = 0.0, own: Tensor | None = None
+) -> Refit:
     """Least squares with intercept of Y on the kept channels' patches: CP step (ii), once.
+
+    ridge: pulls the weights towards `own` (n, keep, kh, kw), 0 by default, with that many mean energies of a column.
+    Where inputs hardly vary, least squares alone, the paper's, makes large weights of noise. Constant ones get none.
 
     Cholesky; the minimum-norm pseudo-inverse where columns are nearly dependent. Where counting alone shows the rank
     too low (few samples, constant columns), a ridge of RIDGE keeps to Cholesky, far cheaper. Raises ValueError for
-    `kept` out of range or repeated, a kernel that does not divide the moments, a constant Y.
+    `kept` out of range or repeated, a kernel that does not divide the moments, a constant Y, a ridge below 0.
 
     >>> moments = Moments().add(torch.tensor([[0.0, 5.0], [4.0, 5.0]]), torch.tensor([[1.0], [9.0]]))
     >>> fit = refit(moments, torch.tensor([0]), (1, 1))
@@ -112,7 +117,13 @@ def refit(moments: Moments, kept: Tensor, kernel: tuple[int, int]) -> Refit:
     A, b = moments.xtx[columns][:, columns], moments.xty[columns]  # (m, m), (m, n)
     diagonal = A.diagonal()  # a view
     rank = min(int((diagonal > 0).sum()), moments.count - 1)
-    if rank < len(A):
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge={ridge} must be 0 or more, and finite")
+    if ridge:
+        pull = ridge * diagonal.mean()
+        b = b if own is None else b + pull * (diagonal > 0)[:, None] * own.to(b).flatten(1).T
+        diagonal += pull
+    elif rank < len(A):
         diagonal += RIDGE * diagonal.max()
     factor, failed = torch.linalg.cholesky_ex(A)
     if not failed and bool((factor.diagonal().square() > PIVOT * diagonal).all()):

@@ -117,7 +117,6 @@ def test_from_scratch_has_the_widths_and_none_of_the_weights(digits: ImageData) 
 
 @pytest.mark.parametrize("method", ["jaderberg", "asym", "asym3d", "3c"])
 def test_a_factorised_network_is_fine_tuned(digits: ImageData, places: Places, method: str) -> None:
-    pytest.importorskip("sppkit.factorise")
     record = run(replace(SMALL, method=method, retrain_lr=1e-4), digits, places)
     assert record["flop_ratio"] == pytest.approx(2, rel=0.05)
     assert "acc_before_refit" not in record["notes"]

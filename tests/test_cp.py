@@ -132,6 +132,21 @@ def test_keeping_everything_leaves_the_function_unchanged(chain: nn.Module, imag
         torch.testing.assert_close(pruned(images), chain(images), rtol=1e-4, atol=1e-5)
 
 
+def test_a_ridge_ties_the_refit_to_the_weights_as_they_were(chain: nn.Module, images: Tensor) -> None:
+    everything, _ = cp.mask_channels(chain, images, keep={"conv2": 8, "conv3": 12}, ridge=0.1)
+    torch.testing.assert_close(everything(images), chain(images), rtol=1e-3, atol=1e-4)
+    free, weak, strong = (cp.mask_channels(chain, images, keep={"conv3": 5}, ridge=each) for each in (0, 0.1, 1e9))
+    errors = [table["error"].item() for _, table in (free, weak, strong)]
+    assert errors[0] < errors[1] < errors[2]
+    assert errors[2] < strong[1]["error_before"].item()  # by the bias
+    own = chain.get_submodule("conv3").weight
+    moved = [
+        (masked.get_submodule("conv3").weight - own * masked.get_submodule("conv3").weight.ne(0)).norm()
+        for masked, _ in (free, weak, strong)
+    ]
+    assert moved[0] > moved[1] > 1e3 * moved[2]
+
+
 def test_second_layer_sees_the_pruned_network(chain: nn.Module, images: Tensor) -> None:
     """With all its channels conv3 is exact, unless conv2 before it lost some."""
     _, alone = cp.mask_channels(chain, images, keep={"conv3": 12}, points=100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import factorise
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training import networks
 
-from sppkit import cost, factorise
+from sppkit import cost
 
 SHAPES = [{}, {"stride": 2, "padding": 1}, {"padding": (2, 1), "dilation": (2, 1)}, {"bias": False}]
 
@@ -61,6 +62,19 @@ def test_low_rank_is_reduced_rank_regression(rank: int) -> None:
     main = np.linalg.svd(A @ ordinary)[2][:rank]
     np.testing.assert_allclose(Q.T @ P.T, ordinary @ main.T @ main, atol=1e-10)
     np.testing.assert_allclose(X.numpy() @ Q.T @ P.T + b - Y.numpy(), A @ Q.T @ P.T - C, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_ridge_is_reduced_rank_regression_with_rows_for_the_weights(rank: int) -> None:
+    X, Y = random(60, 8) @ random(8, 8, seed=3), random(60, 6, seed=1) + 2
+    P, Q, b = (each.numpy() for each in factorise.low_rank(X, Y, rank, ridge=0.05))
+    A, C = (each.numpy() - each.numpy().mean(0) for each in (X, Y))
+    rows = np.sqrt(0.05 * np.square(A).sum(0).mean()) * np.eye(8)
+    A, C = np.concatenate([A, rows]), np.concatenate([C, np.zeros((8, 6))])
+    ordinary = np.linalg.lstsq(A, C, rcond=None)[0]
+    main = np.linalg.svd(A @ ordinary)[2][:rank]
+    np.testing.assert_allclose(Q.T @ P.T, ordinary @ main.T @ main, atol=1e-10)
+    np.testing.assert_allclose(b, (Y.numpy() - X.numpy() @ Q.T @ P.T).mean(0), atol=1e-10)
 
 
 def test_low_rank_of_dependent_and_constant_columns() -> None:

@@ -82,6 +82,30 @@ def test_refit_is_least_squares_with_intercept(kept: list[int]) -> None:
     assert fit.error == pytest.approx(float(relative), rel=1e-9)
 
 
+@pytest.mark.parametrize("count", [N, 9])
+@pytest.mark.parametrize("towards_own", [True, False])
+def test_a_ridge_is_least_squares_with_rows_for_the_weights(towards_own: bool, count: int) -> None:
+    X, Y, weight = samples()
+    X, Y, kept, ridge = X[:count], Y[:count], [0, 2, 3], 0.01
+    own = weight[:, kept] if towards_own else None
+    fit = reconstruct.refit(streamed(X, Y), torch.tensor(kept), (KH, KW), ridge=ridge, own=own)
+    chosen = X.view(count, C, -1)[:, kept].flatten(1)
+    centred = chosen - chosen.mean(0)
+    pull = ridge * centred.square().sum(0).mean()
+    rows = pull.sqrt() * torch.eye(chosen.shape[1], dtype=X.dtype)
+    goal = torch.zeros(len(rows), OUT, dtype=X.dtype) if own is None else rows @ own.to(X).flatten(1).T
+    expected = torch.linalg.lstsq(torch.cat([centred, rows]), torch.cat([Y - Y.mean(0), goal])).solution
+    torch.testing.assert_close(fit.weight.flatten(1).T, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fit.bias, Y.mean(0) - chosen.mean(0) @ expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [-0.1, float("nan"), float("inf")])
+def test_a_bad_ridge_is_quoted(ridge: float) -> None:
+    X, Y, _ = samples()
+    with pytest.raises(ValueError, match=f"ridge={ridge} must be 0 or more"):
+        reconstruct.refit(streamed(X, Y), torch.arange(C), (KH, KW), ridge=ridge)
+
+
 def test_dependent_columns_give_the_solution_of_minimum_norm() -> None:
     X, Y, _ = samples()
     X[:, KH * KW : 2 * KH * KW] = X[:, : KH * KW]  # channel 1 repeats channel 0
@@ -111,6 +135,11 @@ def test_constant_columns_get_no_weight() -> None:
     weight = fit.weight.flatten(1).T
     assert fit.rank == len(live)
     assert weight[4:9].abs().max() == 0
+    own = torch.ones(OUT, C, KH, KW)
+    assert (pulled := reconstruct.refit(streamed(X, Y), torch.arange(C), (KH, KW), ridge=0.1, own=own)).rank == len(
+        live
+    )
+    assert pulled.weight.flatten(1)[:, 4:9].abs().max() == 0
     torch.testing.assert_close(weight[live], expected, rtol=1e-6, atol=1e-6)
 
 

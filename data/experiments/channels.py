@@ -18,10 +18,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from typing import Any
 
 import torch
+from factorise import factorise
 from settings import Experiment
 from torch import Tensor, nn
 from training import Normalise, networks
@@ -85,13 +85,16 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
     images = training_images(data, plan)
     with exact(images.device):
         if plan.method in FACTORISATIONS:
-            factorise = import_module("sppkit.factorise").factorise
-            how: dict[str, Any] = {"method": FACTORISATIONS[plan.method], "flop_ratio": plan.flop_ratio}
+            how: dict[str, Any] = {
+                "method": FACTORISATIONS[plan.method],
+                "flop_ratio": plan.flop_ratio,
+                "ridge": plan.ridge,
+            }
             thin, table = factorise(network, images, **how, points=plan.points, seed=plan.seed)
             return thin, None, {"layers": table.to_dict("records")}
         keep = widths(fold(network)[0], images[:1], plan)
         if plan.method == "cp":
-            names = ("select", "samplers", "correct", "renew", "points", "seed")
+            names = ("select", "samplers", "correct", "renew", "ridge", "points", "seed")
             masked, table = cp.mask_channels(
                 network, images, keep=keep, **{name: getattr(plan, name) for name in names}
             )

@@ -22,7 +22,7 @@ METHODS = ("baseline", "cp", *methods.METHODS, *CHANNELS[1:], *SINGLE)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
 LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "siblings"]
-LATER += ["columns_of", "masks", "select", "samplers", "correct", "renew", "refit", "layer"]
+LATER += ["columns_of", "masks", "select", "samplers", "correct", "renew", "refit", "ridge", "layer"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
 RULES = (*plan.RULES, "pca", "paper")
 
@@ -79,6 +79,7 @@ class Experiment:
     correct: bool = True
     renew: bool = False
     refit: bool = True  # CP: False leaves the channels chosen their own weights, as FP does
+    ridge: float = 0.0  # CP and factorisations: of `cp.mask_channels`, of `factorise.factorise`
     layer: str = ""  # the one that "layer" and "draws" are about
     holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
 

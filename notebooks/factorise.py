@@ -59,10 +59,13 @@ def split(conv: nn.Conv2d, rank: int) -> nn.Sequential:
     return nn.Sequential(V, H)
 
 
-def low_rank(X: Tensor, Y: Tensor, rank: int, *, relu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def low_rank(
+    X: Tensor, Y: Tensor, rank: int, *, relu: bool = False, ridge: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Reduced-rank regression: P (n, k), Q (k, d), b (n,), for which P Q x + b comes nearest to y, k at most `rank`.
 
-    X is (N, d), Y (N, n). k is `rank`, or the rank of the centred X or n where these are lower.
+    X is (N, d), Y (N, n). k is `rank`, or the rank of the centred X or n where these are lower. ridge: a penalty on
+    |P Q|^2, in mean energies of a column of the centred X.
 
     relu: nearest after a ReLU. Then auxiliary responses U are fitted in turn with P, Q, b: min |relu(U) - relu(Y)|^2 +
     lambda |U - X Q' P' - b|^2, each entry of U exactly, the better of a negative and a positive one. In float64.
@@ -72,8 +75,8 @@ def low_rank(X: Tensor, Y: Tensor, rank: int, *, relu: bool = False) -> tuple[Te
     R = X - centre
     values, vectors = torch.linalg.eigh(R.T @ R)
     used = values > len(values) * torch.finfo(values.dtype).eps * values.max()
-    whiten = vectors[:, used] / values[used].sqrt()  # (d, m)
-    R = R @ whiten  # (N, m) with orthonormal columns
+    whiten = vectors[:, used] / (values[used] + ridge * values.mean()).sqrt()  # (d, m)
+    R = R @ whiten  # (N, m) with orthonormal columns, shorter with a ridge
 
     def fit(U: Tensor) -> tuple[Tensor, Tensor]:
         B = (U - U.mean(0)).T @ R  # (n, m)
@@ -103,6 +106,7 @@ def factorise(
     method: str,
     flop_ratio: float | None = None,
     ranks: Mapping[str, tuple[int, int]] | None = None,
+    ridge: float = 0.0,
     points: int = 10,
     seed: int = 0,
     batch_size: int = 100,
@@ -110,11 +114,11 @@ def factorise(
     """A factorised copy of `network`, in evaluation mode, BatchNorms behind convolutions folded; and a table of it.
 
     Layers are those that `cp` can prune, for all methods but "channel" without those of 1x1, front to back. flop_ratio:
-    see `solve`; or ranks, layer -> (r, d), 0 for a factor that is not wanted. images, points, seed, batch_size: as in
-    `cp.mask_channels`. Of the table, a row a layer: layer, r, d, kept (input channels), error of the layer's outputs
-    over their variance, both after the ReLU where one follows. It holds the samples of a layer's inputs in float64,
-    (B points, c kh kw), a few times. Raises ValueError for an unknown method or layer, and as `solve`, `split` and
-    `cp.mask_channels` do.
+    see `solve`; or ranks, layer -> (r, d), 0 for a factor that is not wanted. ridge: of `low_rank` and, in "3c",
+    of `reconstruct.refit`. images, points, seed, batch_size: as in `cp.mask_channels`. Of the table, a row a
+    layer: layer, r, d, kept (input channels), error of the layer's outputs over their variance, both after the ReLU
+    where one follows. It holds the samples of a layer's inputs in float64, (B points, c kh kw), a few times. Raises
+    ValueError for an unknown method or layer, and as `solve`, `split` and `cp.mask_channels` do.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
     >>> images = torch.randn(20, 3, 16, 16)
@@ -150,20 +154,20 @@ def factorise(
             moments = Moments()
             for x, y in look(name, samples):
                 moments.add(x, y)
-            cp.prune_layer(cp.convolution(small, name), moments, narrower[name])
+            cp.prune_layer(cp.convolution(small, name), moments, narrower[name], ridge=ridge)
         Y = torch.cat([y for _, y in samples]).double()
         if r:
             small.set_submodule(name, split(cp.convolution(small, name), r).to(example.device))
             last = f"{name}.1"
         conv, X = cp.convolution(small, last), torch.cat([x for x, _ in look(last, samples)]).double()  # (N, m kh kw)
         if r:
-            P, Q, b = low_rank(X, Y, min(len(conv.weight), X.shape[1]), relu=relu)
+            P, Q, b = low_rank(X, Y, min(len(conv.weight), X.shape[1]), relu=relu, ridge=ridge)
             conv.weight.copy_((P @ Q).view_as(conv.weight))
             conv.bias = nn.Parameter(b.to(conv.weight))
         response = X @ conv.weight.double().flatten(1).T  # (N, n), without the bias
         bias = torch.zeros_like(response[0]) if conv.bias is None else conv.bias.double()
         if d:
-            P, Q, bias = low_rank(response, Y, d, relu=relu)
+            P, Q, bias = low_rank(response, Y, d, relu=relu, ridge=ridge)
             thin = nn.Conv2d(conv.in_channels, len(Q), conv.kernel_size, conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
             thin.weight.data, thin.bias = torch.einsum("kn,n...->k...", Q, conv.weight.double()).to(conv.weight), None
             mix = nn.Conv2d(len(Q), len(P), 1)
