@@ -23,6 +23,7 @@ from sppkit import cost, cp
 from sppkit.compact import compact, trace
 from sppkit.graph import Site, fold, sites
 from sppkit.reconstruct import Moments
+from sppkit.samples import Samples, collect, convolution, frugal, patches
 
 METHODS = ("spatial", "channel", "3d", "3c")
 SCHEDULE = ((0.1, 30), (1.0, 20))  # lambda and rounds of the alternation, as in the authors' code
@@ -97,7 +98,7 @@ def low_rank(
     return P, Q, U.mean(0) - P @ (Q @ centre)
 
 
-@cp.frugal
+@frugal
 @torch.no_grad()
 def factorise(
     network: nn.Module,
@@ -136,17 +137,17 @@ def factorise(
     if unknown := [name for name in wanted if name not in found]:
         raise ValueError(f"layer {unknown[0]!r} cannot be factorised; choose among {[*found]}")
     for name, (r, d) in wanted.items():
-        n, c, kh, kw = cp.convolution(original, name).weight.shape
+        n, c, kh, kw = convolution(original, name).weight.shape
         if not (0 <= r <= (most := min(c * kh, n * kw)) and 0 <= d <= n and r + d):
             raise ValueError(f"ranks ({r}, {d}) of layer {name!r}: r must lie in 0..{most} and d in 0..{n}, not both 0")
     places = {name: Site(name, place.node, place.producer) for name, place in found.items() if name in wanted}
-    narrower = _narrower(places, {name: cp.convolution(original, name).in_channels for name in places}, wanted, method)
-    targets, rows = cp.collect(original, graph, places, images, points, seed, batch_size), []
+    narrower = _narrower(places, {name: convolution(original, name).in_channels for name in places}, wanted, method)
+    targets, rows = collect(original, graph, places, images, points, seed, batch_size), []
 
-    def look(layer: str, samples: cp.Samples) -> Iterator[tuple[Tensor, Tensor]]:
-        now, conv = trace(small), cp.convolution(small, layer)
+    def look(layer: str, samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
+        now, conv = trace(small), convolution(small, layer)
         place = Site(layer, next(node for node in now.nodes if node.target == layer), None)
-        return cp.patches(small, now, place, conv, images, samples, batch_size)
+        return patches(small, now, place, conv, images, samples, batch_size)
 
     for name, place in places.items():
         (r, d), samples, relu, last = wanted[name], targets.pop(name), _rectified(original, place.node), name
@@ -154,12 +155,12 @@ def factorise(
             moments = Moments()
             for x, y in look(name, samples):
                 moments.add(x, y)
-            cp.prune_layer(cp.convolution(small, name), moments, narrower[name], ridge=ridge)
+            cp.prune_layer(convolution(small, name), moments, narrower[name], ridge=ridge)
         Y = torch.cat([y for _, y in samples]).double()
         if r:
-            small.set_submodule(name, split(cp.convolution(small, name), r).to(example.device))
+            small.set_submodule(name, split(convolution(small, name), r).to(example.device))
             last = f"{name}.1"
-        conv, X = cp.convolution(small, last), torch.cat([x for x, _ in look(last, samples)]).double()  # (N, m kh kw)
+        conv, X = convolution(small, last), torch.cat([x for x, _ in look(last, samples)]).double()  # (N, m kh kw)
         if r:
             P, Q, b = low_rank(X, Y, min(len(conv.weight), X.shape[1]), relu=relu, ridge=ridge)
             conv.weight.copy_((P @ Q).view_as(conv.weight))
@@ -176,7 +177,7 @@ def factorise(
             small.set_submodule(name, nn.Sequential(*before, thin, mix))
             response = response @ Q.T @ P.T
         act: Callable[[Tensor], Tensor] = torch.relu if relu else torch.clone
-        Z, kept = act(Y), narrower.get(name, cp.convolution(original, name).in_channels)
+        Z, kept = act(Y), narrower.get(name, convolution(original, name).in_channels)
         error = (act(response + bias) - Z).square().sum() / (Z - Z.mean(0)).square().sum()
         rows.append([name, r, d, kept, float(error)])
     table = pd.DataFrame(rows, columns=["layer", "r", "d", "kept", "error"])
@@ -194,7 +195,7 @@ def solve(network: nn.Module, example: Tensor, method: str, flop_ratio: float) -
     table = cost.conv_table(network, example).set_index("layer")
     dense = table["macs"]
     places = sites(network, trace(network))
-    convs = {name: cp.convolution(network, name) for name in places}
+    convs = {name: convolution(network, name) for name in places}
     if method != "channel":
         convs = {name: conv for name, conv in convs.items() if min(conv.kernel_size) > 1}
     places = {name: places[name] for name in convs}

@@ -5,87 +5,20 @@ lost; at the end of a residual branch Y is what the pruned shortcut leaves of th
 """
 
 import copy
-import functools
-import gc
 import math
-import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from sppkit import choice, cost
-from sppkit.compact import SampledConv2d, compact, trace
-from sppkit.graph import Probe, Site, fold, sites, unfold
+from sppkit.compact import compact, trace
+from sppkit.graph import Site, fold, sites, unfold
 from sppkit.reconstruct import Moments, error, refit
-
-Samples = list[tuple[Tensor, Tensor]]  # of each batch: positions (B, points), outputs there (B * points, n)
-Settings = ParamSpec("Settings")
-Result = TypeVar("Result")
-
-
-def frugal(function: Callable[Settings, Result]) -> Callable[Settings, Result]:
-    """`function` begins again with half its `batch_size` images a chunk when memory runs out; a warning names it."""
-
-    @functools.wraps(function)
-    def run(*arguments: Settings.args, **settings: Settings.kwargs) -> Result:
-        size: Any = settings.get("batch_size", 100)
-        while True:
-            settings["batch_size"] = size
-            try:
-                return function(*arguments, **settings)
-            except (RuntimeError, MemoryError) as problem:
-                known = (torch.OutOfMemoryError, MemoryError)
-                if size < 2 or not (isinstance(problem, known) or "can't allocate memory" in str(problem)):
-                    raise
-            size //= 2
-            gc.collect()  # a graph that was being run refers to itself
-            warnings.warn(f"out of memory: begun again with batch_size={size}", stacklevel=2)
-
-    return run
-
-
-def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor:
-    """X (B * points, c * kh * kw) that `conv` reads for output `positions` (B, points), row * output width + column."""
-    inputs = inputs[:, conv.index] if isinstance(conv, SampledConv2d) else inputs
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
-    (kh, kw), (dh, dw), (sh, sw), at = conv.kernel_size, conv.dilation, conv.stride, positions[:, :, None, None]
-    width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1  # of the output
-    rows = at // width * sh + dh * torch.arange(kh, device=at.device)[:, None]  # (B, points, kh, 1)
-    columns = at % width * sw + dw * torch.arange(kw, device=at.device)  # (B, points, 1, kw)
-    image = torch.arange(len(inputs), device=at.device)[:, None, None, None]
-    patches = padded.permute(0, 2, 3, 1)[image, rows, columns]  # (B, points, kh, kw, c)
-    return patches.permute(0, 1, 4, 2, 3).flatten(2).flatten(0, 1)  # (B * points, c * kh * kw)
-
-
-@torch.no_grad()
-def sample_layer(
-    network: nn.Module, layer: str, images: Tensor, *, points: int = 10, seed: int = 0, batch_size: int = 100
-) -> tuple[Tensor, Tensor]:
-    """Patches X (N, c * kh * kw) and outputs Y (N, n) of one convolution, as `channel_prune` samples them.
-
-    In evaluation mode, BatchNorm not folded, before any activation: at `points` distinct positions (at most all) of
-    each prepared image (B, 3, H, W), drawn from `seed`. Raises ValueError for a grouped layer or no convolution,
-    misshapen or infinite images.
-
-    >>> X, Y = sample_layer(nn.Sequential(nn.Conv2d(3, 8, 5)), "0", torch.randn(2, 3, 9, 9), points=4)
-    >>> X.shape, Y.shape
-    (torch.Size([8, 75]), torch.Size([8, 8]))
-    """
-    network = copy.deepcopy(network).eval()
-    graph, conv = trace(network), convolution(network, layer)
-    nodes = [node for node in graph.nodes if node.target == layer]
-    if not nodes:
-        raise ValueError(f"layer {layer!r} is never run")
-    place = Site(layer, nodes[0], None)
-    samples = collect(network, graph, {layer: place}, images, points, seed, batch_size)[layer]
-    X, Y = zip(*patches(network, graph, place, conv, images, samples, batch_size), strict=True)
-    return torch.cat(X), torch.cat(Y)
+from sppkit.samples import collect, convolution, frugal, patches
 
 
 def widths(
@@ -265,67 +198,3 @@ def _output_statistics(conv: nn.Conv2d, moments: Moments) -> tuple[Tensor, Tenso
     assert conv.bias is not None
     W = conv.weight.double().flatten(1)  # (n, d)
     return W @ moments.mean_x + conv.bias.double(), ((W @ moments.xtx) * W).sum(1) / moments.count
-
-
-def collect(
-    network: nn.Module,
-    graph: fx.Graph,
-    places: Mapping[str, Site],
-    images: Tensor,
-    points: int,
-    seed: int,
-    batch_size: int,
-) -> dict[str, Samples]:
-    """In one pass, for each place its positions and what it is to reproduce there: its output, or the sum it enters."""
-    if images.ndim != 4 or not len(images) or not images.isfinite().all() or points < 1:
-        raise ValueError(f"images {tuple(images.shape)} must be (B > 0, C, H, W), all finite, and points={points} > 0")
-    cost.layer_table(network, images[:1].to(next(network.parameters()).device))
-    if (images == images[:1, :, :1, :1]).all():
-        raise ValueError(f"images {tuple(images.shape)} are constant, so there is nothing to choose by")
-    samples: dict[str, Samples] = {name: [] for name in places}
-    generators = {name: torch.Generator().manual_seed(seed) for name in places}  # on the CPU: the same on any device
-
-    def see(name: str) -> Callable[[Tensor], None]:
-        def sample(output: Tensor) -> None:
-            drawn = torch.rand(len(output), output[0, 0].numel(), generator=generators[name])
-            positions = drawn.topk(min(points, drawn.shape[1])).indices.to(output.device)  # (B, points), distinct
-            samples[name].append((positions, _at(output, positions)))
-
-        return sample
-
-    probe = Probe(network, graph, after={place.total or place.node: see(name) for name, place in places.items()})
-    device = next(network.parameters()).device
-    for batch in images.split(batch_size):
-        probe.look(batch.to(device))
-    return samples
-
-
-def patches(
-    network: nn.Module, graph: fx.Graph, place: Site, conv: nn.Conv2d, images: Tensor, samples: Samples, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """X and Y of a place, batch by batch; the layers after it are not run."""
-    seen: dict[str, Tensor] = {}
-
-    def read(inputs: Tensor) -> None:
-        seen["X"] = sample_patches(inputs, conv, seen["positions"])
-
-    def shortcut(*terms: Tensor) -> None:
-        seen["shortcut"] = _at(terms[place.shortcut], seen["positions"])
-
-    looks = {place.node: read} | ({} if place.total is None else {place.total: shortcut})
-    probe = Probe(network, graph, before=looks)
-    for batch, (seen["positions"], Y) in zip(images.split(batch_size), samples, strict=True):
-        probe.look(batch.to(conv.weight.device))
-        yield seen["X"], Y - seen["shortcut"] if place.total is not None else Y  # Y1 - Y1' + Y2
-
-
-def _at(output: Tensor, positions: Tensor) -> Tensor:
-    """Values (B * points, n) of a feature map (B, n, H, W) at positions (B, points)."""
-    return output.flatten(2).mT.take_along_dim(positions[:, :, None], 1).flatten(0, 1)
-
-
-def convolution(network: nn.Module, name: str) -> nn.Conv2d:
-    found = {key: m for key, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1}
-    if name not in found:
-        raise ValueError(f"layer {name!r} is grouped or no convolution; choose one of {', '.join(found) or 'none'}")
-    return found[name]

@@ -13,9 +13,10 @@ import torch
 import torchvision
 from torch import nn
 
-from sppkit import choice, cp
+from sppkit import choice
 from sppkit.__main__ import main
 from sppkit.reconstruct import Moments
+from sppkit.samples import convolution, sample_layer
 
 
 def test_a_quick_run_measures_and_records_everything(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -63,8 +64,8 @@ def test_the_network_is_torchvisions() -> None:
 
 def test_the_recipe_is_the_choice_of_the_package_and_least_squares() -> None:
     network = bench.vgg16(shrink=8, seed=3)
-    X, Y = cp.sample_layer(network, "conv3_1", bench.random_images(60, 64, seed=3), points=50)
-    conv = cp.convolution(network, "conv3_1")
+    X, Y = sample_layer(network, "conv3_1", bench.random_images(60, 64, seed=3), points=50)
+    conv = convolution(network, "conv3_1")
     with torch.no_grad():
         conv.bias += 0.3  # type: ignore[operator]
         Y += 0.3

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import networks
 
 from sppkit import choice, compact, cost, cp, graph, lasso, reconstruct
+from sppkit.samples import sample_layer
 
 
 class Chain(nn.Module):
@@ -46,27 +47,6 @@ def chain() -> nn.Module:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"kernel_size": 3},
-        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
-        {"kernel_size": 3, "padding": "same", "dilation": 2},
-        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
-    ],
-)
-def test_patches_times_weight_are_the_outputs(settings: dict) -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(4, 5, **settings).double()
-    x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
-    with torch.no_grad():
-        output = conv(x)
-        positions = torch.stack([torch.randperm(output[0, 0].numel())[:7] for _ in range(3)])
-        X = cp.sample_patches(x, conv, positions)
-        expected = torch.cat([output[b].flatten(1)[:, positions[b]].T for b in range(3)])  # (3 * 7, 5)
-        torch.testing.assert_close(X @ conv.weight.flatten(1).T + conv.bias, expected)
 
 
 @pytest.mark.parametrize("ratio", [1.05, 2.0, 4.0])
@@ -166,7 +146,7 @@ def test_refit_and_lasso_beat_the_first_channels(chain: nn.Module, images: Tenso
 
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3"])
 def test_sampled_patches_explain_the_sampled_outputs(chain: nn.Module, images: Tensor, layer: str) -> None:
-    X, Y = cp.sample_layer(chain, layer, images, points=4, seed=3, batch_size=16)
+    X, Y = sample_layer(chain, layer, images, points=4, seed=3, batch_size=16)
     conv = chain.get_submodule(layer)
     assert X.shape == (40 * 4, conv.weight[0].numel())
     expected = X @ conv.weight.flatten(1).T + (0 if conv.bias is None else conv.bias)
@@ -176,8 +156,8 @@ def test_sampled_patches_explain_the_sampled_outputs(chain: nn.Module, images: T
 
 def test_samples_of_a_layer_are_those_it_was_pruned_with(chain: nn.Module, images: Tensor) -> None:
     pruned, table = cp.mask_channels(chain, images, keep={"conv2": 5, "conv3": 7}, seed=2)
-    X, _ = cp.sample_layer(pruned, "conv3", images, seed=2)  # conv3's input is what it was pruned on
-    _, Y = cp.sample_layer(chain, "conv3", images, seed=2)
+    X, _ = sample_layer(pruned, "conv3", images, seed=2)  # conv3's input is what it was pruned on
+    _, Y = sample_layer(chain, "conv3", images, seed=2)
     moments = reconstruct.Moments().add(X, Y)
     kept = pruned.conv3.weight.ne(0).any(3).any(2).any(0).nonzero().flatten()
     found = lasso.select(*reconstruct.lasso_problem(moments, chain.conv3.weight), 7)
@@ -190,10 +170,10 @@ def test_bad_layers_are_named(chain: nn.Module, images: Tensor) -> None:
     with pytest.raises(
         ValueError, match="layer 'norm' is grouped or no convolution; choose one of conv1, conv2, conv3"
     ):
-        cp.sample_layer(chain, "norm", images)
+        sample_layer(chain, "norm", images)
     chain.unused = nn.Conv2d(1, 1, 1)
     with pytest.raises(ValueError, match="layer 'unused' is never run"):
-        cp.sample_layer(chain, "unused", images)
+        sample_layer(chain, "unused", images)
 
 
 def test_same_seed_same_network_and_other_seed_other_samples(chain: nn.Module, images: Tensor) -> None:
@@ -541,7 +521,7 @@ def test_choices_keep_what_their_names_say(chain: nn.Module, images: Tensor) -> 
 
 
 def test_alternating_is_lasso_and_least_squares_in_turn(chain: nn.Module, images: Tensor) -> None:
-    X, Y = (t.double() for t in cp.sample_layer(chain, "conv2", images, points=8))
+    X, Y = (t.double() for t in sample_layer(chain, "conv2", images, points=8))
     A, C = ((t - t.mean(0)).numpy() for t in (X, Y))
     columns = np.arange(72).reshape(8, 9)
     left, W = np.arange(8), chain.conv2.weight.detach().double().flatten(2).numpy()  # (n, c, 9)
@@ -556,7 +536,7 @@ def test_alternating_is_lasso_and_least_squares_in_turn(chain: nn.Module, images
 
 
 def test_a_choice_takes_dead_channels_last_and_refuses_other_widths(chain: nn.Module, images: Tensor) -> None:
-    X, Y = cp.sample_layer(chain, "conv2", images, points=8)
+    X, Y = sample_layer(chain, "conv2", images, points=8)
     X.unflatten(1, (8, 9))[:, 2:5] = 0.0
     moments = reconstruct.Moments().add(X, Y)
     for name in ("lasso", "alternating", "paper"):
@@ -585,7 +565,7 @@ def test_max_response_needs_the_filters(images: Tensor, branches: nn.Module) -> 
 
 def test_the_authors_problem_is_that_of_stacked_outputs(chain: nn.Module, images: Tensor) -> None:
     """One LASSO with one intercept on Z stacked over outputs, bias taken off, as their code hands it on."""
-    X, Y = (t.double() for t in cp.sample_layer(chain, "conv3", images, points=8))
+    X, Y = (t.double() for t in sample_layer(chain, "conv3", images, points=8))
     W, bias = chain.conv3.weight.detach().double(), chain.conv3.bias.detach().double()
     Z = torch.einsum("Nck,nck->Nnc", X.unflatten(1, (12, 1)), W.flatten(2)).flatten(0, 1)  # (N n, c)
     y = (Y - bias).flatten()

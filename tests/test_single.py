@@ -19,6 +19,7 @@ from variants import gone
 from sppkit import choice, cp
 from sppkit.compact import convolutions
 from sppkit.graph import fold
+from sppkit.samples import sample_layer
 
 SMALL = Experiment(
     "small", method="layer", layer="conv3", batch_size=16, baseline_steps=30, baseline_milestones=(), images=60,
@@ -57,7 +58,7 @@ def test_a_row_is_what_pruning_that_layer_alone_gives(
             bare = channels.without(network, {"conv3": channels.gone(convolutions(masked)["conv3"])})
             assert row["acc_before_refit"] == pytest.approx(evaluate(bare, digits, SMALL.phase("retrain")), abs=2)
             last = channels.prepared(digits, SMALL, digits.train.images[-60:])
-            X, Y = (t.double() for t in cp.sample_layer(network, "conv3", last, points=5))
+            X, Y = (t.double() for t in sample_layer(network, "conv3", last, points=5))
             conv = convolutions(masked)["conv3"]
             rest = Y - X @ conv.weight.detach().double().flatten(1).T - conv.bias.detach().double()  # type: ignore[union-attr]
             explicit = float(rest.square().sum() / (Y - Y.mean(0)).square().sum())

@@ -38,6 +38,7 @@ from sppkit import choice, cost, cp, lasso
 from sppkit.compact import trace
 from sppkit.graph import sites
 from sppkit.reconstruct import Moments, Refit, error, lasso_problem, refit
+from sppkit.samples import collect, convolution, patches, sample_layer
 
 KERNEL = (3, 3)
 LAYER = "conv3_1"  # of VGG-16: 128 channels, 256 filters
@@ -145,10 +146,10 @@ def all_layers(sizes: Sizes, device: torch.device) -> tuple[pd.DataFrame, dict[s
     refit(warm, whole_path(warm, torch.randn(8, 4, *KERNEL, device=device), 2)[1], KERNEL)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    samples, outputs_s = timed(device, cp.collect, network, graph, places, images, sizes.points, 0, size)
+    samples, outputs_s = timed(device, collect, network, graph, places, images, sizes.points, 0, size)
     for name, place in places.items():
-        conv, positions = cp.convolution(network, name), samples.pop(name)
-        reading = cp.patches(network, graph, place, conv, images, positions, size)
+        conv, positions = convolution(network, name), samples.pop(name)
+        reading = patches(network, graph, place, conv, images, positions, size)
         chunks, extraction_s = timed(device, list, reading)
         moments, moments_s = timed(device, gather, chunks)
         chunks.clear()
@@ -226,9 +227,9 @@ def one_layer(sizes: Sizes, device: torch.device) -> pd.DataFrame:
     cpu, network, rows = torch.device("cpu"), vgg16(shrink=sizes.shrink, seed=1), []
     train = sizes.rival_images * sizes.rival_points
     images = random_images(sizes.rival_images * 5 // 4, sizes.rival_pixels, seed=1)
-    X, Y = cp.sample_layer(network, LAYER, images, points=sizes.rival_points)
+    X, Y = sample_layer(network, LAYER, images, points=sizes.rival_points)
     held = gather([(X[train:], Y[train:])])
-    X, Y, conv = X[:train], Y[:train], cp.convolution(network, LAYER)
+    X, Y, conv = X[:train], Y[:train], convolution(network, LAYER)
     places = {place: (X.to(place), Y.to(place), copy.deepcopy(conv).to(place)) for place in {cpu: 0, device: 0}}
     about = {"patches": train, "held_out": held.count, "c": conv.in_channels, "n": conv.out_channels}
     for draw in range(sizes.draws):

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from training import evaluate
 from training.data import ImageData
 
-from sppkit import choice, cp
+from sppkit import choice
 from sppkit.compact import channel_links, convolutions
 from sppkit.graph import fold
 from sppkit.reconstruct import Moments, error, refit
+from sppkit.samples import sample_layer
 
 RATIOS = (4 / 3, 2, 3, 4)  # of input channels before and after
 DRAWS = 10
@@ -124,7 +125,7 @@ def _held_out(network: nn.Module, data: ImageData, plan: Experiment) -> Moments:
 def _moments(network: nn.Module, images: Tensor, plan: Experiment, seed: int) -> tuple[Moments, Moments]:
     """Moments of all samples of the layer, and of the few that the choice "paper" sees."""
     with exact(images.device):
-        X, Y = cp.sample_layer(network, plan.layer, images, points=plan.points, seed=seed)
+        X, Y = sample_layer(network, plan.layer, images, points=plan.points, seed=seed)
     moments, few = Moments(), Moments()
     for x, y in zip(X.split(CHUNK), Y.split(CHUNK), strict=True):
         moments.add(x, y)
