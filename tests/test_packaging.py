@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch"}  # PyPI's name -> conda-forge's, where they differ
 IMPORT_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
-OPTIONAL = {"triton"}  # comes with torch where there is one
+OPTIONAL = {"triton", "onnxscript"}  # the one comes with torch where there is one, the other with an extra
 CALENDAR_VERSIONS = {"packaging"}  # a new year is no new interface
 TARGETS = {
     "help": "make reproduce",

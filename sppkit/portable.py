@@ -1,0 +1,189 @@
+"""A network as one file that needs no class of its own: tensors, and its graph as plain JSON. Never a pickle.
+
+The graph is that of torch.fx: modules of torch.nn by name and arguments, functions and methods out of a fixed list.
+What is loaded computes the same, trains on, and goes to torch.compile, torch.export and ONNX.
+"""
+
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sppkit import state
+from sppkit.compact import ColumnConv2d, SampledConv2d
+
+KIND = "portable network"
+NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)  # of a module, tensor or node: nothing that reads as code
+OWN = {"ColumnConv2d": ColumnConv2d, "SampledConv2d": SampledConv2d}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"{place}.{name}": getattr(module, name)
+    for place, module, names in (
+        ("operator", operator, "add iadd sub mul imul truediv floordiv pow getitem"),
+        ("torch", torch, "add mul cat flatten relu sigmoid mean transpose"),
+        ("F", F, "relu pad dropout max_pool2d avg_pool2d adaptive_avg_pool2d silu gelu hardtanh relu6 hardswish"),
+    )
+    for name in names.split()
+}
+METHODS = {"add", "chunk", "contiguous", "flatten", "mean", "mul", "permute", "relu", "reshape", "size", "transpose"}
+METHODS |= {"unflatten", "view"}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__name__ in OWN or super().is_leaf_module(m, module_qualified_name)
+
+
+def save(network: nn.Module, path: str | Path) -> None:
+    """Write a network, compact or not. ValueError names a module, function or argument that the file has no words for.
+
+    >>> import tempfile
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(network, f"{folder}/small.safetensors")
+    ...     again = load(f"{folder}/small.safetensors")
+    >>> torch.equal(again(torch.ones(1, 3, 5, 5)), network(torch.ones(1, 3, 5, 5)))
+    True
+    """
+    try:
+        graph = _Tracer().trace(network)
+    except Exception as error:
+        raise ValueError(f"{type(network).__name__} cannot be traced by torch.fx: {error}") from error
+    nodes, modules = list[dict[str, Any]](), dict[str, Any]()
+    names = {function: name for name, function in FUNCTIONS.items()}
+    for node in graph.nodes:
+        target = names.get(node.target) if node.op == "call_function" else str(node.target)
+        if target is None or (node.op == "call_method" and target not in METHODS):
+            raise ValueError(
+                f"{node.op} {node.target} (node {node.name!r}) cannot be written; torch.export may take it"
+            )
+        if node.op == "call_module":
+            modules[target] = _described(network.get_submodule(target), target)
+        call = {"args": _plain(node.args), "kwargs": _plain(node.kwargs)}
+        nodes.append({"name": node.name, "op": node.op, "target": target} | call)
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    tensors = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] in modules or k in read}
+    state.save(path, tensors, {"kind": KIND, "nodes": nodes, "modules": modules, "read": sorted(read)})
+
+
+def load(path: str | Path) -> fx.GraphModule:
+    """The network of a file of `save`, in evaluation mode, on the CPU; ValueError for a damaged or unsound file."""
+    tensors, description = state.load(path, kind=KIND)
+    try:
+        root, graph, seen = nn.Module(), fx.Graph(), dict[str, fx.Node]()
+        for name, about in description["modules"].items():
+            _place(root, name, _built(about, tensors.get(f"{name}.index")))
+        for name in description["read"]:
+            _place(root, name, nn.Parameter(tensors[name]))
+        for node in description["nodes"]:
+            op, target, name = node["op"], node["target"], node["name"]
+            args, kwargs = _unplain(node["args"], seen), _unplain(node["kwargs"], seen)
+            sound = all(map(NAME.fullmatch, (name, target))) and all(key.isidentifier() for key in kwargs)
+            if not sound or (op == "call_method" and target not in METHODS):
+                raise ValueError(f"a node may not be {name!r}, {op!r} of {target!r} with {[*kwargs]}")
+            what = FUNCTIONS[target] if op == "call_function" else target
+            seen[name] = graph.create_node(op, what, args, kwargs, name)
+        graph.lint()
+        root.load_state_dict(tensors, assign=True)  # in their own precision
+        return fx.GraphModule(root, graph).eval()
+    except Exception as error:  # whatever a file that was not written by `save` leads to
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{str(path)!r} describes no network ({found}); save it again") from error
+
+
+def to_onnx(network: nn.Module, path: str | Path, example: Tensor) -> None:
+    """Write ONNX with any batch size, input "images", output "outputs"; ImportError without the extra `export`."""
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx needs
+    except ImportError as error:
+        raise ImportError("ONNX needs more packages: pip install 'sppkit[export]'") from error
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(
+        network.eval(), (example,), input_names=["images"], output_names=["outputs"], dynamic_shapes=shapes,
+        dynamo=True, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    state.write_bytes(path, program.model_proto.SerializeToString())
+
+
+def _described(module: nn.Module, name: str) -> dict[str, Any]:
+    """Class and arguments of a module: the parameters of its constructor, which modules of torch.nn keep by name."""
+    kind = type(module)
+    if kind in OWN.values():
+        keys = ["out_channels", "kernel_size", "stride", "dilation", "padding", "padding_mode"]
+    elif getattr(nn, kind.__name__, None) is kind:
+        parameters = inspect.signature(kind).parameters.items()
+        keys = [k for k, p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and k not in ("device", "dtype")]
+    else:
+        raise ValueError(f"module {name!r} is a {kind.__name__}, not of torch.nn; write its forward with those")
+    arguments = {key: getattr(module, key, None) for key in keys}
+    if "bias" in keys or kind in OWN.values():
+        arguments["bias"] = arguments.get("bias", module.bias) is not None
+    return {"class": kind.__name__, "arguments": _plain(arguments)}
+
+
+def _built(about: dict[str, Any], index: Tensor | None) -> nn.Module:
+    name, arguments = about["class"], _unplain(about["arguments"], {})
+    if name in OWN:
+        if index is None or index.ndim != 1 or index.dtype != torch.int64 or (len(index) and int(index.min()) < 0):
+            raise ValueError(f"a {name} needs an index of non-negative whole numbers")
+        taps = math.prod(arguments["kernel_size"]) if name == "ColumnConv2d" else 1
+        inputs = int(index.max()) // taps + 1 if len(index) else 1
+        if name == "ColumnConv2d":  # it holds the padding of each side
+            padding, mode = arguments.pop("padding"), arguments.pop("padding_mode")
+            column = ColumnConv2d(nn.Conv2d(inputs, **arguments), index)
+            column.padding, column.padding_mode = list(padding), mode
+            return column
+        return SampledConv2d(nn.Conv2d(inputs, **arguments), index)
+    kind = getattr(nn, name)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"{name!r} is no module of torch.nn")
+    module: nn.Module = kind(**arguments)
+    return module
+
+
+def _place(root: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    """Put a module or a parameter where a dotted name says, with modules on the way."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a module or tensor")
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    setattr(root, last, value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON: nodes, tuples, slices and dictionaries are marked."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, slice):
+        return {"slice": [_plain(each) for each in (value.start, value.stop, value.step)]}
+    if isinstance(value, tuple | list):
+        return {"tuple" if isinstance(value, tuple) else "list": [_plain(each) for each in value]}
+    if isinstance(value, dict):
+        return {"dict": {str(key): _plain(each) for key, each in value.items()}}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{value!r} ({type(value).__name__}) cannot be written in a file of plain text")
+
+
+def _unplain(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((mark, content),) = value.items()
+    if mark == "node":
+        return nodes[content]
+    if mark == "dict":
+        return {key: _unplain(each, nodes) for key, each in content.items()}
+    parts = [_unplain(each, nodes) for each in content]
+    if mark == "slice":
+        return slice(*parts)
+    return tuple(parts) if mark == "tuple" else parts
