@@ -47,7 +47,8 @@ def _channels(conv: nn.Conv2d) -> Tensor:
 class ColumnConv2d(nn.Module):
     """A convolution by some columns of its GEMM matrix: weight (O, K), index (K,) into the C·kh·kw of `F.unfold`.
 
-    This plain form unfolds everything and then selects; it saves arithmetic, not yet time.
+    Columns are in the order of the kernel's taps. Each tap reads its channels of a shifted input, and one GEMM takes
+    what all of them read: no column that is not kept is ever written.
     """
 
     index: Tensor
@@ -57,20 +58,34 @@ class ColumnConv2d(nn.Module):
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv._reversed_padding_repeated_twice
         self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        kept = kept[(kept % taps).argsort(stable=True)]
         self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept])  # (O, K)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
-        taps = self.kernel_size[0] * self.kernel_size[1]
         self.register_buffer("index", _channels(conv)[kept // taps] * taps + kept % taps)
+        self.register_load_state_dict_post_hook(ColumnConv2d._count)
+        self._count()
+
+    def _count(self, _: object = None) -> None:
+        """Columns of each tap: known to Python, so that a forward pass asks no device."""
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.counts = (self.index % taps).bincount(minlength=taps).tolist()
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, self.padding, self.padding_mode)
-        columns = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride)  # (B, C*kh*kw, Ho*Wo)
-        y = self.weight @ columns[:, self.index]  # (B, O, Ho*Wo)
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        channels, read, start = self.index // (kh * kw), list[Tensor](), 0
+        for tap, count in enumerate(self.counts):
+            i, j = tap // kw * dh, tap % kw * dw
+            shifted = x[:, :, i : i + (height - 1) * sh + 1 : sh, j : j + (width - 1) * sw + 1 : sw]
+            if count or tap == 0:
+                read.append(shifted.index_select(1, channels[start : start + count]))
+            start += count
+        y = self.weight @ torch.cat(read, 1).flatten(2)  # (O, K) @ (B, K, Ho*Wo)
         if self.bias is not None:
             y = y + self.bias[:, None]
-        reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        height = (x.shape[2] - reach) // self.stride[0] + 1
-        return y.unflatten(2, (height, -1))  # (B, O, Ho, Wo)
+        return y.unflatten(2, (height, width))  # (B, O, Ho, Wo)
 
     def extra_repr(self) -> str:
         columns = self.in_channels * self.kernel_size[0] * self.kernel_size[1]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from training.networks import NETWORKS, create
 
 from sppkit import compact as module
@@ -159,6 +160,30 @@ def test_column_convolution_is_the_masked_convolution(options: dict[str, object]
     last = x.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out(column, last), out(conv, x), rtol=1e-12, atol=1e-12)
     assert column.weight.shape == (5, total // 2)
+
+
+def test_no_tensor_holds_a_column_that_is_not_kept() -> None:
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            made = function(*args, **(kwargs or {}))
+            self.elements = max(self.elements, made.numel()) if isinstance(made, torch.Tensor) else self.elements
+            return made
+
+    kept = torch.arange(0, 64 * 9, 8)
+    column = ColumnConv2d(nn.Conv2d(64, 5, 3, padding=1), kept)
+    with torch.no_grad(), Largest() as largest:
+        column(torch.randn(1, 64, 10, 10))
+    assert largest.elements == max(len(kept) * 10 * 10, 64 * 12 * 12)  # its matrix, or the padded input
+
+
+def test_other_columns_of_a_state_are_read_as_they_are() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 5, 3, padding=1), torch.randn(2, 4, 6, 6)
+    one, other = (ColumnConv2d(conv, torch.tensor(kept)) for kept in ([0, 9, 18, 27], [4, 5, 14, 35]))
+    one.load_state_dict(other.state_dict())
+    torch.testing.assert_close(out(one, x), out(other, x))
 
 
 def test_no_kept_column_leaves_the_bias() -> None:
