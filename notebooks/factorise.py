@@ -71,6 +71,8 @@ def low_rank(
     relu: nearest after a ReLU. Then auxiliary responses U are fitted in turn with P, Q, b: min |relu(U) - relu(Y)|^2 +
     lambda |U - X Q' P' - b|^2, each entry of U exactly, the better of a negative and a positive one. In float64.
     """
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge={ridge} must be 0 or more, and finite")
     X, Y = X.double(), Y.double()
     centre = X.mean(0)
     R = X - centre

@@ -59,16 +59,17 @@ class ColumnConv2d(nn.Module):
         self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv._reversed_padding_repeated_twice
         self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         taps = self.kernel_size[0] * self.kernel_size[1]
-        kept = kept[(kept % taps).argsort(stable=True)]
         self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept])  # (O, K)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.register_buffer("index", _channels(conv)[kept // taps] * taps + kept % taps)
-        self.register_load_state_dict_post_hook(ColumnConv2d._count)
-        self._count()
+        self.register_load_state_dict_post_hook(ColumnConv2d._sort)
+        self._sort()
 
-    def _count(self, _: object = None) -> None:
-        """Columns of each tap: known to Python, so that a forward pass asks no device."""
+    def _sort(self, _: object = None) -> None:
+        """Columns by tap, and how many each tap has: known to Python, so that a forward pass asks no device."""
         taps = self.kernel_size[0] * self.kernel_size[1]
+        order = (self.index % taps).argsort(stable=True)
+        self.index, self.weight.data = self.index[order], self.weight.data[:, order]
         self.counts = (self.index % taps).bincount(minlength=taps).tolist()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class ColumnConv2d(nn.Module):
         for tap, count in enumerate(self.counts):
             i, j = tap // kw * dh, tap % kw * dw
             shifted = x[:, :, i : i + (height - 1) * sh + 1 : sh, j : j + (width - 1) * sw + 1 : sw]
-            if count or tap == 0:
+            if count or tap == 0:  # of no columns at all, an empty matrix
                 read.append(shifted.index_select(1, channels[start : start + count]))
             start += count
         y = self.weight @ torch.cat(read, 1).flatten(2)  # (O, K) @ (B, K, Ho*Wo)
@@ -102,8 +103,12 @@ class Flow:
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, channelwise: bool) -> None:
+        super().__init__()
+        self.channelwise = channelwise
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, ColumnConv2d | SampledConv2d) or getattr(m, "channelwise", False)
+        leaf = isinstance(m, ColumnConv2d | SampledConv2d) or (self.channelwise and getattr(m, "channelwise", False))
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -112,10 +117,10 @@ def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
 
 
-def trace(network: nn.Module) -> fx.Graph:
-    """The network's graph; ValueError where torch.fx cannot follow it."""
+def trace(network: nn.Module, *, channelwise: bool = True) -> fx.Graph:
+    """The network's graph, modules marked `channelwise` one node each; ValueError where torch.fx cannot follow it."""
     try:
-        return _Tracer().trace(network)
+        return _Tracer(channelwise).trace(network)
     except Exception as error:
         raise ValueError(f"{type(network).__name__} cannot be traced by torch.fx: {error}") from error
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sppkit import state
-from sppkit.compact import ColumnConv2d, SampledConv2d
+from sppkit.compact import ColumnConv2d, SampledConv2d, trace
 
 KIND = "portable network"
 NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)  # of a module, tensor or node: nothing that reads as code
@@ -35,11 +35,6 @@ METHODS = {"add", "chunk", "contiguous", "flatten", "mean", "mul", "permute", "r
 METHODS |= {"unflatten", "view"}
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__name__ in OWN or super().is_leaf_module(m, module_qualified_name)
-
-
 def save(network: nn.Module, path: str | Path) -> None:
     """Write a network, compact or not. ValueError names a module, function or argument that the file has no words for.
 
@@ -51,11 +46,7 @@ def save(network: nn.Module, path: str | Path) -> None:
     >>> torch.equal(again(torch.ones(1, 3, 5, 5)), network(torch.ones(1, 3, 5, 5)))
     True
     """
-    try:
-        graph = _Tracer().trace(network)
-    except Exception as error:
-        raise ValueError(f"{type(network).__name__} cannot be traced by torch.fx: {error}") from error
-    nodes, modules = list[dict[str, Any]](), dict[str, Any]()
+    graph, nodes, modules = trace(network, channelwise=False), list[dict[str, Any]](), dict[str, Any]()
     names = {function: name for name, function in FUNCTIONS.items()}
     for node in graph.nodes:
         target = names.get(node.target) if node.op == "call_function" else str(node.target)
@@ -67,9 +58,12 @@ def save(network: nn.Module, path: str | Path) -> None:
             modules[target] = _described(network.get_submodule(target), target)
         call = {"args": _plain(node.args), "kwargs": _plain(node.kwargs)}
         nodes.append({"name": node.name, "op": node.op, "target": target} | call)
-    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    tensors = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] in modules or k in read}
-    state.save(path, tensors, {"kind": KIND, "nodes": nodes, "modules": modules, "read": sorted(read)})
+    state_dict, trained = network.state_dict(), dict(network.named_parameters())
+    read = {str(node.target): str(node.target) in trained for node in graph.nodes if node.op == "get_attr"}
+    if lost := [name for name in read if name not in state_dict]:
+        raise ValueError(f"tensor {lost[0]!r} is not in the state dict; make it a parameter or a persistent buffer")
+    tensors = {k: v for k, v in state_dict.items() if k.rpartition(".")[0] in modules or k in read}
+    state.save(path, tensors, {"kind": KIND, "nodes": nodes, "modules": modules, "read": read})
 
 
 def load(path: str | Path) -> fx.GraphModule:
@@ -79,8 +73,8 @@ def load(path: str | Path) -> fx.GraphModule:
         root, graph, seen = nn.Module(), fx.Graph(), dict[str, fx.Node]()
         for name, about in description["modules"].items():
             _place(root, name, _built(about, tensors.get(f"{name}.index")))
-        for name in description["read"]:
-            _place(root, name, nn.Parameter(tensors[name]))
+        for name, trained in description["read"].items():
+            _place(root, name, nn.Parameter(tensors[name]) if trained else tensors[name])
         for node in description["nodes"]:
             op, target, name = node["op"], node["target"], node["name"]
             args, kwargs = _unplain(node["args"], seen), _unplain(node["kwargs"], seen)
@@ -102,7 +96,8 @@ def to_onnx(network: nn.Module, path: str | Path, example: Tensor) -> None:
     try:
         import onnxscript  # noqa: F401  what torch.onnx needs
     except ImportError as error:
-        raise ImportError("ONNX needs more packages: pip install 'sppkit[export]'") from error
+        packages = "those of pip install 'sppkit[export]', in a checkout pip install -e '.[export]'"
+        raise ImportError(f"ONNX needs more packages, {packages}") from error
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.onnx.export(
         network.eval(), (example,), input_names=["images"], output_names=["outputs"], dynamic_shapes=shapes,
@@ -124,8 +119,16 @@ def _described(module: nn.Module, name: str) -> dict[str, Any]:
         raise ValueError(f"module {name!r} is a {kind.__name__}, not of torch.nn; write its forward with those")
     arguments = {key: getattr(module, key, None) for key in keys}
     if "bias" in keys or kind in OWN.values():
-        arguments["bias"] = arguments.get("bias", module.bias) is not None
-    return {"class": kind.__name__, "arguments": _plain(arguments)}
+        arguments["bias"] = getattr(module, "bias", None) is not None
+    about = {"class": kind.__name__, "arguments": _plain(arguments)}
+    if kind not in OWN.values():
+        try:
+            same = repr(_built(about, None)) == repr(module)
+        except (TypeError, ValueError):
+            same = False
+        if not same:  # a constructor whose arguments the module does not keep by name
+            raise ValueError(f"module {name!r}, {module}, cannot be made again from its attributes")
+    return about
 
 
 def _built(about: dict[str, Any], index: Tensor | None) -> nn.Module:
@@ -144,12 +147,13 @@ def _built(about: dict[str, Any], index: Tensor | None) -> nn.Module:
     kind = getattr(nn, name)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"{name!r} is no module of torch.nn")
-    module: nn.Module = kind(**arguments)
+    with torch.device("meta"):  # the file has the values
+        module: nn.Module = kind(**arguments)
     return module
 
 
-def _place(root: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    """Put a module or a parameter where a dotted name says, with modules on the way."""
+def _place(root: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Put a module, parameter or buffer where a dotted name says, with modules on the way."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of a module or tensor")
     *path, last = name.split(".")
@@ -157,7 +161,10 @@ def _place(root: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
-    setattr(root, last, value)
+    if isinstance(value, nn.Module | nn.Parameter):
+        setattr(root, last, value)
+    else:
+        root.register_buffer(last, value)
 
 
 def _plain(value: Any) -> Any:

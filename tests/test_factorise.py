@@ -77,6 +77,11 @@ def test_a_ridge_is_reduced_rank_regression_with_rows_for_the_weights(rank: int)
     np.testing.assert_allclose(b, (Y.numpy() - X.numpy() @ Q.T @ P.T).mean(0), atol=1e-10)
 
 
+def test_a_ridge_below_0_is_quoted() -> None:
+    with pytest.raises(ValueError, match="ridge=-1 must be 0 or more"):
+        factorise.low_rank(random(9, 3), random(9, 2), 1, ridge=-1)
+
+
 def test_low_rank_of_dependent_and_constant_columns() -> None:
     X = random(50, 3)
     X = torch.cat([X, X[:, :1] - X[:, 1:2], torch.full((50, 1), 7.0)], 1)

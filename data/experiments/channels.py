@@ -85,12 +85,8 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
     images = training_images(data, plan)
     with exact(images.device):
         if plan.method in FACTORISATIONS:
-            how: dict[str, Any] = {
-                "method": FACTORISATIONS[plan.method],
-                "flop_ratio": plan.flop_ratio,
-                "ridge": plan.ridge,
-            }
-            thin, table = factorise(network, images, **how, points=plan.points, seed=plan.seed)
+            how: dict[str, Any] = {"method": FACTORISATIONS[plan.method], "flop_ratio": plan.flop_ratio}
+            thin, table = factorise(network, images, **how, points=plan.points, ridge=plan.ridge, seed=plan.seed)
             return thin, None, {"layers": table.to_dict("records")}
         keep = widths(fold(network)[0], images[:1], plan)
         if plan.method == "cp":
