@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sppkit import cost, cp
 from sppkit.compact import compact, trace
-from sppkit.graph import Site, fold, sites
+from sppkit.graph import Site, fold, sites, unfold
 from sppkit.reconstruct import Moments
 from sppkit.samples import Samples, collect, convolution, frugal, patches
 
@@ -110,18 +110,21 @@ def factorise(
     flop_ratio: float | None = None,
     ranks: Mapping[str, tuple[int, int]] | None = None,
     ridge: float = 0.0,
+    norms: bool = True,
     points: int = 10,
     seed: int = 0,
     batch_size: int = 100,
 ) -> tuple[nn.Module, pd.DataFrame]:
-    """A factorised copy of `network`, in evaluation mode, BatchNorms behind convolutions folded; and a table of it.
+    """A factorised copy of `network` in evaluation mode, and a table of it.
 
     Layers are those that `cp` can prune, for all methods but "channel" without those of 1x1, front to back. flop_ratio:
     see `solve`; or ranks, layer -> (r, d), 0 for a factor that is not wanted. ridge: of `low_rank` and, in "3c",
-    of `reconstruct.refit`. images, points, seed, batch_size: as in `cp.mask_channels`. Of the table, a row a
-    layer: layer, r, d, kept (input channels), error of the layer's outputs over their variance, both after the ReLU
-    where one follows. It holds the samples of a layer's inputs in float64, (B points, c kh kw), a few times. Raises
-    ValueError for an unknown method or layer, and as `solve`, `split` and `cp.mask_channels` do.
+    of `reconstruct.refit`. norms: BatchNorms, folded meanwhile, are put back behind a layer's last factor; without them
+    the function is the same, but training needs a far smaller learning rate. images, points, seed, batch_size: as in
+    `cp.mask_channels`. Of the table, a row a layer: layer, r, d, kept (input channels), error of the layer's outputs
+    over their variance, both after the ReLU where one follows. It holds the samples of a layer's inputs in float64,
+    (B points, c kh kw), a few times. Raises ValueError for an unknown method or layer, and as `solve`, `split` and
+    `cp.mask_channels` do.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
     >>> images = torch.randn(20, 3, 16, 16)
@@ -131,7 +134,7 @@ def factorise(
     """
     if method not in METHODS or (flop_ratio is None) == (ranks is None):
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}, with either flop_ratio or ranks")
-    original, _ = fold(network)
+    original, folded = fold(network)
     small, graph = copy.deepcopy(original), trace(original)
     example = images[:1].to(next(original.parameters()).device)
     wanted = ranks if ranks is not None else solve(original, example, method, flop_ratio or 0.0)
@@ -183,6 +186,7 @@ def factorise(
         error = (act(response + bias) - Z).square().sum() / (Z - Z.mean(0)).square().sum()
         rows.append([name, r, d, kept, float(error)])
     table = pd.DataFrame(rows, columns=["layer", "r", "d", "kept", "error"])
+    small = unfold(small, network, folded).eval() if norms else small
     return compact(small, columns=False) if narrower else small, table
 
 

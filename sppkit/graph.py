@@ -116,22 +116,17 @@ def unfold(
     norms: Mapping[str, str],
     statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> nn.Module:
-    """A copy of `network` that computes what `folded` does, in evaluation mode, with the BatchNorms put back.
+    """A copy of `folded` that computes the same in evaluation mode, with the BatchNorms of `network` put back.
 
     They keep their running means and variances, or get those that `statistics` gives for a folded convolution's output:
     layer -> mean (n,), variance (n,). Either way the function is the same; training starts from other batches' scale.
+    Of a layer that has become several convolutions, the last is the one before the BatchNorm.
     """
-    result = copy.deepcopy(network)
-    for name, conv in folded.named_modules():
-        if not isinstance(conv, nn.Conv2d):
-            continue
-        own = result.get_submodule(name)
+    result = copy.deepcopy(folded)
+    for name, place in norms.items():
+        conv = [module for module in result.get_submodule(name).modules() if isinstance(module, nn.Conv2d)][-1]
+        own, norm = network.get_submodule(name), copy.deepcopy(network.get_submodule(place))
         assert isinstance(own, nn.Conv2d)
-        if name not in norms:
-            own.weight.copy_(conv.weight)
-            own.bias = None if conv.bias is None else nn.Parameter(conv.bias.clone())
-            continue
-        norm = result.get_submodule(norms[name])
         assert isinstance(norm, nn.BatchNorm2d)
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -140,7 +135,6 @@ def unfold(
         scale = gain / (norm.running_var + norm.eps).sqrt()  # (n,)
         scale = torch.where(scale.abs() > 1e-6 * scale.abs().max(), scale, 1.0)  # a filter that was switched off
         start = own.bias if own.bias is not None else torch.zeros_like(scale)
-        own.weight.copy_(conv.weight / scale[:, None, None, None])
         if statistics and name in statistics:
             mean, variance = (value.to(scale) for value in statistics[name])
             norm.running_mean.copy_((mean - conv.bias) / scale + start)
@@ -150,4 +144,9 @@ def unfold(
             norm.weight, norm.bias = (nn.Parameter(torch.empty_like(scale)) for _ in range(2))
         norm.weight.copy_(scale * (norm.running_var + norm.eps).sqrt())
         norm.bias.copy_(conv.bias + scale * (norm.running_mean - start))
+        conv.weight.div_(scale[:, None, None, None])
+        conv.bias = copy.deepcopy(own.bias)
+        result.set_submodule(place, norm)
+    for name, module in network.named_modules():
+        result.get_submodule(name).training = module.training
     return result

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import channels
+import numpy as np
 import pytest
 import torch
 from driver import run
@@ -22,6 +23,10 @@ SMALL = Experiment(
     "small", method="cp", batch_size=16, baseline_steps=30, baseline_milestones=(), retrain_steps=4,
     retrain_milestones=(), images=60, points=5,
 )  # fmt: skip
+
+
+def random_images(count: int) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +67,43 @@ def test_other_rules_are_refused() -> None:
     network, plan = networks.create("convnet"), replace(SMALL, rule="paper")
     with pytest.raises(ValueError, match="rule='paper' is for VGG-16 and residual networks"):
         channels.widths(network, EXAMPLE, plan)
-    with pytest.raises(ValueError, match="rule='pca' is not for channels"):
-        channels.widths(network, EXAMPLE, replace(plan, rule="pca"))
+    with pytest.raises(ValueError, match="rule='tiers' is not for channels"):
+        channels.widths(network, EXAMPLE, replace(plan, rule="tiers"))
+    with pytest.raises(ValueError, match=r"one producer of a layer's input, unlike 'blocks\.0\.conv1'; samplers=False"):
+        channels.widths(fold(networks.create("resnet20"))[0], EXAMPLE, replace(plan, rule="pca"))
+
+
+def test_a_layer_keeps_what_the_components_of_its_input_call_for() -> None:
+    """Some filters copy others: fewer components, so the layer behind them is pruned more, in proportion."""
+    network, images = networks.create("convnet").eval(), random_images(20)
+    filters = convolutions(network)["conv1"].weight.data
+    filters[16:] = filters[:16]
+    components = channels.pca_sensitivity(network, images)
+    assert components["conv1"] < components["conv2"]
+    for target in (3, 4):
+        keep = channels.widths(network, images, replace(SMALL, rule="pca", flop_ratio=target))
+        assert max(keep.values()) < 32
+        expected = components["conv1"] / components["conv2"] * keep["conv3"]
+        assert keep["conv2"] == pytest.approx(expected, abs=1)
+
+
+def test_equal_errors_are_equal_and_reach_the_ratio() -> None:
+    network, images = networks.create("convnet").eval(), random_images(40)
+    plan = replace(SMALL, rule="error", flop_ratio=1.3, points=50)
+    curves = channels.sensitivity.curves(network, images, plan)
+    for name, (widths, errors) in curves.items():
+        assert widths == sorted({*widths}), name
+        assert (widths[0], widths[-1], errors[0], errors[-1]) == (1, 32, 1.0, 0.0)
+        assert errors == sorted(errors, reverse=True)
+    half = {name: np.interp(16, *curves[name]) for name in ("conv2", "conv3")}
+    keep = channels.widths(network, images, plan)
+    assert min(half, key=lambda name: half[name]) == min(keep, key=lambda name: keep[name])
+    left = {name: np.interp(keep[name], *curves[name]) for name in keep}
+    assert left["conv2"] == pytest.approx(left["conv3"], abs=0.05)
+    gone = {name: torch.arange(width, 32) for name, width in keep.items()}
+    small = channels.compact(channels.without(network, gone), columns=False)
+    assert flop_ratio(network, small, EXAMPLE) == pytest.approx(1.3, rel=0.03)
+    assert channels.sensitivity.found, "a second run of the same network looks it up"
 
 
 def test_before_the_refit_the_same_channels_are_gone_and_no_weight_is_new(digits: ImageData) -> None:
@@ -121,6 +161,18 @@ def test_a_factorised_network_is_fine_tuned(digits: ImageData, places: Places, m
     assert record["flop_ratio"] == pytest.approx(2, rel=0.05)
     assert "acc_before_refit" not in record["notes"]
     assert [layer["layer"] for layer in record["notes"]["layers"]] == ["conv2", "conv3"]
+
+
+@pytest.mark.parametrize("method", ["jaderberg", "asym", "asym3d", "3c"])
+def test_a_factorised_network_has_its_batchnorms_back_and_is_the_same(digits: ImageData, method: str) -> None:
+    network, plan = networks.resnet(8), replace(SMALL, method=method, normalise="channel")
+    network(channels.training_images(digits, plan))  # gives the BatchNorms their statistics
+    (plain, *_), (normed, *_) = (channels.smaller(network, digits, replace(plan, norms=n)) for n in (False, True))
+    kinds = [[type(module) for module in each.modules()] for each in (network, plain, normed)]
+    assert [kind.count(torch.nn.BatchNorm2d) for kind in kinds] == [7, 0, 7]
+    assert not normed.training
+    images = channels.training_images(digits, plan)
+    torch.testing.assert_close(normed(images), plain(images), rtol=1e-3, atol=1e-4)
 
 
 def test_a_record_has_the_accuracy_at_three_points(digits: ImageData, places: Places) -> None:

@@ -10,16 +10,18 @@ asym3d     both                                                                 
 3c         both, and channels pruned                                                           `factorise`, "3c"
 
 FP has no refit, as in the paper it comes from; CP's tables give it after fine-tuning only. A factorised network has its
-BatchNorms folded, so it needs a smaller learning rate.
+BatchNorms folded unless the plan says `norms`, and then needs a smaller learning rate.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import sensitivity
 import torch
 from factorise import factorise
 from settings import Experiment
@@ -30,6 +32,7 @@ from training.data import ImageData
 from sppkit import cost, cp
 from sppkit.compact import channel_links, compact, convolutions, trace
 from sppkit.graph import fold, sites
+from sppkit.plan import pca_sensitivity
 
 FACTORISATIONS = {"jaderberg": "spatial", "asym": "channel", "asym3d": "3d", "3c": "3c"}
 Smaller = tuple[nn.Module, nn.Module | None, dict[str, Any]]  # network, the same before the refit, notes
@@ -69,15 +72,28 @@ def paper_rule(network: nn.Module, example: Tensor) -> dict[str, float]:
     raise ValueError("rule='paper' is for VGG-16 and residual networks; take rule='uniform'")
 
 
-def widths(network: nn.Module, example: Tensor, plan: Experiment) -> dict[str, int]:
-    """Input channels to keep by layer, for the plan's rule and FLOP ratio; `network` has its BatchNorms folded."""
-    if plan.rule not in ("uniform", "paper"):
-        raise ValueError(f"rule={plan.rule!r} is not for channels; take 'uniform' or 'paper'")
-    rule = paper_rule(network, example) if plan.rule == "paper" else None
-    if rule is not None:
-        found = sites(network, trace(network), samplers=plan.samplers)
-        rule = {layer: weight for layer, weight in rule.items() if layer in found}
-    return cp.widths(network, example, plan.flop_ratio, rule=rule, samplers=plan.samplers)
+def widths(network: nn.Module, images: Tensor, plan: Experiment) -> dict[str, int]:
+    """Input channels to keep by layer, for the plan's rule and FLOP ratio; `network` has its BatchNorms folded.
+
+    `images` (B, C, H, W) are what "error" samples and what "pca" looks at: there the weight of a layer is the
+    sensitivity of the one that makes its input.
+    """
+    if plan.rule not in ("uniform", "paper", "pca", "error"):
+        raise ValueError(f"rule={plan.rule!r} is not for channels; take 'uniform', 'paper', 'pca' or 'error'")
+    if plan.rule == "error":
+        key = network_id(network)
+        if key not in sensitivity.found:
+            sensitivity.found[key] = sensitivity.curves(network, images, plan)
+        return sensitivity.equal_error(network, images[:1], sensitivity.found[key], plan)
+    found, rule = sites(network, trace(network), samplers=plan.samplers), None
+    if plan.rule == "paper":
+        rule = {layer: weight for layer, weight in paper_rule(network, images[:1]).items() if layer in found}
+    if plan.rule == "pca":
+        if shared := [layer for layer, place in found.items() if place.producer is None]:
+            raise ValueError(f"rule='pca' needs one producer of a layer's input, unlike {shared[0]!r}; samplers=False")
+        components = pca_sensitivity(network, images[:1000])
+        rule = {layer: components[place.producer or ""] for layer, place in found.items()}
+    return cp.widths(network, images[:1], plan.flop_ratio, rule=rule, samplers=plan.samplers)
 
 
 def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
@@ -86,9 +102,10 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
     with exact(images.device):
         if plan.method in FACTORISATIONS:
             how: dict[str, Any] = {"method": FACTORISATIONS[plan.method], "flop_ratio": plan.flop_ratio}
-            thin, table = factorise(network, images, **how, points=plan.points, ridge=plan.ridge, seed=plan.seed)
+            settings = {name: getattr(plan, name) for name in ("ridge", "norms", "points", "seed")}
+            thin, table = factorise(network, images, **how, **settings)
             return thin, None, {"layers": table.to_dict("records")}
-        keep = widths(fold(network)[0], images[:1], plan)
+        keep = widths(fold(network)[0], images, plan)
         if plan.method == "cp":
             names = ("select", "samplers", "correct", "renew", "ridge", "points", "seed")
             masked, table = cp.mask_channels(
@@ -130,3 +147,11 @@ def without(network: nn.Module, channels: Mapping[str, Tensor]) -> nn.Module:
         weight = convolutions(masked)[name].weight
         weight[:, indices.to(weight.device)] = 0
     return masked
+
+
+def network_id(network: nn.Module) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of the state dict: names in order, each with its raw bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import hashlib
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from channels import smaller
+from channels import network_id, smaller
 from settings import CHANNELS, SINGLE, Experiment, Places, expand, lines
 from single import STUDIES
 from torch import nn
@@ -415,14 +414,6 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def network_id(network: nn.Module) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of the state dict: names in order, each with its raw bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def hold_out(data: ImageData, count: int) -> ImageData:

@@ -22,9 +22,9 @@ METHODS = ("baseline", "cp", *methods.METHODS, *CHANNELS[1:], *SINGLE)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
 LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "siblings"]
-LATER += ["columns_of", "masks", "select", "samplers", "correct", "renew", "refit", "ridge", "layer"]
+LATER += ["columns_of", "masks", "select", "samplers", "correct", "renew", "refit", "ridge", "norms", "layer"]
 SHARED = ("batch_size", "momentum", "weight_decay", "precision", "normalise", "crop_padding", "flip")  # by all phases
-RULES = (*plan.RULES, "pca", "paper")
+RULES = (*plan.RULES, "pca", "paper", "error")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Experiment:
     prune_steps: int = 32_400  # all of them: once the plan is reached, the masks stay as they are
     prune_lr: float = 1e-3
     kind: str = "column"  # of the groups, see `groups`; those of CHANNELS have channels or factors
-    rule: str = "uniform"  # of the plan, see `plan`; "pca": by `pca_sensitivity` on 1,000 training images; of channels
-    # "uniform" or "paper", see `channels.paper_rule`
+    rule: str = "uniform"  # of the plan, see `plan`; "pca": by `pca_sensitivity` on 1,000 training images;
+    # "paper" and "error" of channels, see `channels.paper_rule` and `sensitivity`
     interval: int = 180  # t of SPP; the settings to `rescale` are those of `pruner.Pruner`
     rounds: int = 150
     A: float = 0.05
@@ -80,6 +80,7 @@ class Experiment:
     renew: bool = False
     refit: bool = True  # CP: False leaves the channels chosen their own weights, as FP does
     ridge: float = 0.0  # CP and factorisations: of `cp.mask_channels`, of `factorise.factorise`
+    norms: bool = False  # factorisations: BatchNorms are put back before retraining, see `factorise.factorise`
     layer: str = ""  # the one that "layer" and "draws" are about
     holdout: int = 0  # test on that many of the last training images, train on the others: for choices, not for results
 
