@@ -62,7 +62,8 @@ def title(method: str, settings: dict[str, Any]) -> str:
     'CP, channels, BatchNorm renewed'
     """
     kind = KINDS.get(method, f", {settings.get('kind', 'column')}s")
-    return f"{TITLES[method]}{kind}{departures(settings)}"
+    norms = ", BatchNorm put back" if settings.get("norms") else ""
+    return f"{TITLES[method]}{kind}{norms}{departures(settings)}"
 
 
 def _trace(run_id: str, root: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
