@@ -34,7 +34,10 @@ from typing import Any
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("sppkit/*.py", *(f"notebooks/{name}.py" for name in ("training/*", "factorise", "records", "timing")))
+SOURCES = (
+    "sppkit/*.py",
+    *(f"notebooks/{name}.py" for name in ("training/*", "choice", "factorise", "records", "sensitivity", "taylor")),
+)
 SOURCES = (*SOURCES, "data/runs/*", "data/checkpoints/*", "data/experiments/*.json")
 SIZE_LIMIT = 1_000_000  # bytes of a committed notebook
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -193,7 +196,7 @@ def execute(source: Path, copy: Path, values: Mapping[str, Any], *, limits: Limi
                 parameters=dict(values),
                 kernel_name="python3",
                 progress_bar=False,
-                cwd=str(source.parent),  # as in Jupyter: records.py and timing.py are found there
+                cwd=str(source.parent),  # as in Jupyter: records.py and others are found there
                 extra_arguments=["--log-level=CRITICAL"],  # of the kernel: it warns about local sockets
                 timeout_func=seconds_left,
             )

@@ -88,6 +88,17 @@ class ColumnConv2d(nn.Module):
             y = y + self.bias[:, None]
         return y.unflatten(2, (height, width))  # (B, O, Ho, Wo)
 
+    def dense(self) -> nn.Conv2d:
+        """The convolution that it is, zeros in the place of missing columns."""
+        (left, right, top, bottom), mode = self.padding, self.padding_mode.replace("constant", "zeros")
+        if (left, top) != (right, bottom):
+            raise ValueError(f"padding {self.padding} differs from side to side; no plain convolution does that")
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, (top, left), self.dilation)
+        conv = nn.Conv2d(*sizes, padding_mode=mode, bias=False).to(self.weight)  # type: ignore[arg-type]
+        conv.weight.data.zero_().flatten(1)[:, self.index] = self.weight.detach()
+        conv.bias, conv.stands_in = copy.deepcopy(self.bias), True  # type: ignore[assignment]
+        return conv
+
     def extra_repr(self) -> str:
         columns = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
         return f"{self.in_channels}, {self.out_channels}, columns={len(self.index)} of {columns}"

@@ -7,18 +7,31 @@ lost; at the end of a residual branch Y is what the pruned shortcut leaves of th
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from sppkit import choice, cost
+from sppkit import cost
 from sppkit.compact import compact, trace
 from sppkit.graph import Site, fold, sites, unfold
-from sppkit.reconstruct import Moments, error, refit
+from sppkit.lasso import select as lasso
+from sppkit.reconstruct import Moments, error, lasso_problem, refit
 from sppkit.samples import collect, convolution, frugal, patches
+
+# From moments of what a convolution reads and is to give, the convolution and how many channels to keep, and by keyword
+# `few`, moments of some samples, `producer`, the filters that make its input or None, and `generator`: channels (keep,)
+# that stay, ascending, and LASSO's alpha and violation, 0 for others. notebooks/choice.py has several.
+Choice = Callable[..., tuple[Tensor, float, float]]
+
+
+def by_lasso(moments: Moments, conv: nn.Conv2d, keep: int, **_: object) -> tuple[Tensor, float, float]:
+    """CP's own `Choice`: by the exact path."""
+    found = lasso(*lasso_problem(moments, conv.weight.detach()), keep)
+    return found.kept, found.alpha, found.violation
 
 
 def widths(
@@ -28,12 +41,14 @@ def widths(
     *,
     rule: Mapping[str, float] | None = None,
     samplers: bool = True,
+    multiple: int = 1,
 ) -> dict[str, int]:
     """Input channels to keep in each convolution that can lose some, for a FLOP ratio of the whole network.
 
     Kept fractions are in the proportions of `rule`, layer -> weight, those without one keep all (default: one fraction
-    for all), as near to the ratio as a channel allows. `example` is (B, C, H, W). Raises ValueError for a ratio of 1 or
-    less or out of reach, an unknown layer, a weight that is not positive.
+    for all), as near to the ratio as a channel allows. `example` is (B, C, H, W). Widths are multiples of `multiple`,
+    such as 8, which libraries are fast at, or all channels. Raises ValueError for a ratio of 1 or less or out of reach,
+    an unknown layer, a weight that is not positive.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
     >>> widths(network, torch.zeros(1, 3, 32, 32), 2)
@@ -47,19 +62,21 @@ def widths(
         raise ValueError(f"rule: layer {bad[0]!r}, weight {weight[bad[0]]}; positive weights for any of {[*found]}")
     table = cost.conv_table(network, example).set_index("layer")
     channels = {name: int(table.at[name, "in_channels"]) for name in weight}
-    # a common scale s keeps s·weight of the channels: the k-th of a layer stays from s = (k - 1/2) / (weight·c)
-    order = sorted((-(k - 0.5) / (weight[name] * c), name) for name, c in channels.items() for k in range(2, c + 1))
+    allowed = {name: [c, *range((c - 1) // multiple * multiple, 0, -multiple)] for name, c in channels.items()}
+    # a common scale s keeps s·weight of the channels: a layer goes to its next width half-way between the two
+    steps = ((a, b, name) for name, sizes in allowed.items() for a, b in pairwise(sizes))
+    order = sorted((-(a + b) / 2 / (weight[name] * channels[name]), name) for a, b, name in steps)
 
     def kept(count: int) -> dict[str, int]:
         gone = [name for _, name in order[:count]]
-        return {name: c - gone.count(name) for name, c in channels.items()}
+        return {name: sizes[gone.count(name)] for name, sizes in allowed.items()}
 
     def reached(count: int) -> float:
         left = _macs(table["macs"], found, channels, kept(count))
         return float(table["macs"].sum() / left.sum())
 
     if (most := reached(len(order))) < flop_ratio * (1 - 1e-12):
-        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one channel in each layer gives {most:.2f}")
+        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: the smallest widths give {most:.2f}")
     enough = bisect_left(range(len(order) + 1), flop_ratio, key=reached)
     return kept(min((max(enough - 1, 0), enough), key=lambda count: abs(reached(count) - flop_ratio)))
 
@@ -96,7 +113,7 @@ def mask_channels(
     flop_ratio: float | None = None,
     keep: Mapping[str, int] | None = None,
     rule: Mapping[str, float] | None = None,
-    select: str = "lasso",
+    select: Choice | None = None,
     samplers: bool = True,
     correct: bool = True,
     renew: bool = False,
@@ -110,7 +127,7 @@ def mask_channels(
     images: (B, C, H, W), prepared for the network; `points` distinct positions of each are drawn from `seed`.
     flop_ratio, rule, samplers: see `widths`; or keep: layer -> channels. One that keeps all is refitted only, one with
     fewer live channels keeps those.
-    select: how channels are chosen, one of `choice.CHOICES`; all get the same refit.
+    select: how channels are chosen, by LASSO if it is None; see `Choice`. All get the same refit.
     correct: the end of a residual branch makes up for what its pruned shortcut lost.
     ridge: of the refit towards the weights as they were, see `reconstruct.refit`.
     renew: BatchNorms, folded meanwhile, get means and variances of the pruned network, instead of the original's.
@@ -143,13 +160,13 @@ def mask_channels(
         try:
             conv, samples = convolution(pruned, name), targets.pop(name)
             total = sum(len(Y) for _, Y in samples)
-            chosen = torch.zeros(total, dtype=torch.bool)  # what the choice "paper" sees
+            chosen = torch.zeros(total, dtype=torch.bool)  # the few that the authors' code would see
             chosen[torch.randperm(total, generator=generator)[: min(400, max(total // 20, 1))]] = True
             moments, few, start = Moments(), Moments(), 0
             for X, Y in patches(pruned, graph, place, conv, images, samples, batch_size):
                 moments.add(X, Y)
                 here, start = chosen[start : start + len(X)].to(X.device), start + len(X)
-                if select == "paper" and here.any():
+                if select is not None and here.any():
                     few.add(X[here], Y[here])
             producer = None if place.producer is None else convolution(original, place.producer).weight
             settings = {"few": few, "producer": producer, "generator": generator}
@@ -168,11 +185,11 @@ def mask_channels(
 
 
 def prune_layer(
-    conv: nn.Conv2d, moments: Moments, keep: int, select: str = "lasso", ridge: float = 0.0, **settings: Any
+    conv: nn.Conv2d, moments: Moments, keep: int, select: Choice | None = None, ridge: float = 0.0, **settings: Any
 ) -> tuple[float, ...]:
     """Select, refit and mask one convolution in place: kept, error before and after, alpha, violation, undetermined.
 
-    moments: of what it reads and is to give (if constant, none stays); select, settings: of `choice.choose`; ridge: of
+    moments: of what it reads and is to give (if constant, none stays); select, settings: see `Choice`; ridge: of
     `refit`, towards the weights as they were.
     """
     bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
@@ -182,7 +199,7 @@ def prune_layer(
         return 0, 0.0, 0.0, 0.0, 0.0, 0
     kept, alpha, violation = torch.arange(conv.in_channels, device=bias.device), 0.0, 0.0
     if keep < conv.in_channels:
-        kept, alpha, violation = choice.choose(select, moments, conv, keep, **settings)
+        kept, alpha, violation = (select or by_lasso)(moments, conv, keep, **settings)
     own = conv.weight[:, kept]
     before = error(moments, own, bias, kept)
     fit = refit(moments, kept, (conv.kernel_size[0], conv.kernel_size[1]), ridge=ridge, own=own)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sppkit.compact import channel_links, trace
+from sppkit.compact import ColumnConv2d, channel_links, trace
 
 Looks = Mapping[fx.Node, Callable[..., None]]
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -102,8 +102,12 @@ def fold(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         if node.op != "call_module" or user is None or user.op != "call_module":
             continue
         conv, norm = folded.get_submodule(node.target), folded.get_submodule(str(user.target))
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
-            folded.set_submodule(node.target, fuse_conv_bn_eval(conv, norm))
+        if (
+            isinstance(conv, nn.Conv2d | ColumnConv2d)
+            and isinstance(norm, nn.BatchNorm2d)
+            and norm.running_mean is not None
+        ):
+            folded.set_submodule(node.target, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
             folded.set_submodule(str(user.target), nn.Identity())
             norms[node.target] = str(user.target)
     return folded, norms

@@ -75,43 +75,6 @@ def select(gram: Tensor, correlation: Tensor, keep: int) -> Selection:
     return Selection(kept=kept, beta=beta, alpha=alpha * top, violation=float(violation))
 
 
-def search(gram: Tensor, correlation: Tensor, keep: int, *, start: float = 1e-3, tolerance: float = 0.1) -> Selection:
-    """What the authors' code accepts: `keep` channels or up to `tolerance` more, at an alpha found by bisection.
-
-    alpha doubles from `start`, in units of the correlation, until fewer than `keep` coefficients are left, then the
-    interval below is halved until the count fits. The coefficients are exact here; there coordinate descent finds
-    them, and the first `start` is the last layer's. Fields, ValueError and widths beyond the path as `select`.
-
-    >>> search(torch.eye(3), torch.tensor([0.1, 0.3, 0.2]), keep=1).kept.tolist()
-    [1]
-    """
-    G, q, energy, top = _scaled(gram, correlation)
-    most = int((1 + tolerance) * keep)
-    alphas, betas, active = _path(G, q, min(most + 1, len(q)))
-    if not 1 <= keep <= active.sum(1).max(initial=0):
-        return select(gram, correlation, keep)
-
-    def count(alpha: float) -> int:
-        return 0 if alpha >= alphas[0] else int(active[min(int((alphas > alpha).sum()), len(active)) - 1].sum())
-
-    low, high = 0.0, start / (top or 1.0)
-    while count(high) >= keep:
-        high *= 2
-    for _ in range(200):
-        alpha = (low + high) / 2
-        if keep <= (found := count(alpha)) <= most:
-            break
-        low, high = (alpha, high) if found > most else (low, alpha)
-    else:
-        raise ValueError(f"no alpha leaves {keep} to {most} channels: several enter together; use `select`")
-    k = int((alphas > alpha).sum()) - 1
-    share = 0.0 if k + 1 == len(alphas) else (alphas[k] - alpha) / (alphas[k] - alphas[k + 1])
-    beta = betas[k] + share * (betas[min(k + 1, len(betas) - 1)] - betas[k])
-    violation = np.abs(q - G @ beta - alpha * np.sign(beta))[beta != 0].max(initial=0.0)
-    kept, beta = (torch.from_numpy(a).to(gram.device) for a in (np.flatnonzero(beta), beta * (top / energy)))
-    return Selection(kept=kept, beta=beta, alpha=alpha * top, violation=float(violation))
-
-
 def _scaled(gram: Tensor, correlation: Tensor) -> tuple[np.ndarray, np.ndarray, float, float]:
     """G over its mean live diagonal, q over its largest entry, dead channels exactly 0; and both scales."""
     if correlation.ndim != 1 or gram.shape != 2 * correlation.shape or not len(gram):

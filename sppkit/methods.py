@@ -15,16 +15,14 @@ Each moves `pruner.probability`, returns what to record, and ends at the plan's 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from sppkit import spp
-from sppkit.groups import Groups
 
 if TYPE_CHECKING:
     from sppkit.pruner import Pruner
@@ -136,30 +134,3 @@ def cut(pruner: Pruner, order: np.ndarray, *, flop_ratio: float | None = None) -
     enough = bisect_left(range(len(candidates)), wanted * (1 - 1e-9), key=ratio)
     nearest = min((max(enough - 1, 0), enough), key=lambda count: abs(ratio(count) - wanted))
     return with_first(nearest), True
-
-
-def taylor_scores(network: nn.Module, groups: Groups, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """TP's criterion for each filter (G,): the mean over images of |sum of gradient · feature map|, of norm 1 a layer.
-
-    A gate of 1 for each image and filter has that sum as its gradient. Gradients of the weights are left as they were.
-    """
-    gates: dict[str, Tensor] = {}
-    sums: dict[str, Tensor | float] = dict.fromkeys(groups.layers, 0.0)
-
-    def gate(name: str, output: Tensor) -> Tensor:
-        gates[name] = output.new_ones(*output.shape[:2], 1, 1, requires_grad=True)  # (B, O, 1, 1)
-        return output * gates[name]
-
-    hooks = [m.register_forward_hook(lambda *a, n=name: gate(n, a[2])) for name, m in groups.layers.items()]
-    training = network.training
-    try:
-        network.eval()
-        for x, y in batches:
-            loss = F.cross_entropy(network(x), y, reduction="sum")
-            for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-                sums[name] = sums[name] + gradient.abs().sum((0, 2, 3))  # (O,)
-    finally:
-        network.train(training)
-        for hook in hooks:
-            hook.remove()
-    return torch.cat([F.normalize(torch.as_tensor(sums[name]), dim=0) for name in groups.layers])

@@ -1,6 +1,5 @@
 """How much of each layer goes: a table that can be read and plotted before anything is pruned."""
 
-import copy
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -8,12 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from sppkit import spp
-from sppkit.compact import convolutions
 from sppkit.groups import Groups
 
 RULES = ("uniform", "tiers")
@@ -65,10 +61,11 @@ def make_plan(
 
     `ratio` prunes exactly ceil(R·N) of a layer's N groups. `flop_ratio` is solved for, as near as one group allows,
     under a `rule` for the kept fractions: "uniform"; "tiers", 1 : 1.5 : 2 for low, middle and high layers (the
-    smallest feature maps are high, the next larger middle; SPP's rule for VGG-16); or weights by layer, such as those
-    of `pca_sensitivity`. `example` (B, C, H, W), `kind` and `layers` are those of `Groups`. Raises ValueError for a
-    ratio out of range or out of reach, and as `Groups` does.
+    smallest feature maps are high, the next larger middle; SPP's rule for VGG-16); or weights by layer, such as `pca`
+    in notebooks/sensitivity.py gives. `example` (B, C, H, W), `kind` and `layers` are those of `Groups`. Raises
+    ValueError for a ratio out of range or out of reach, and as `Groups` does.
 
+    >>> import torch
     >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
     >>> plan = make_plan(network, torch.zeros(1, 3, 32, 32), flop_ratio=4)
     >>> plan.targets, round(plan.reached, 3)
@@ -122,22 +119,3 @@ def _gone(groups: Groups, targets: Mapping[str, int]) -> np.ndarray:
 
 def _ratio(groups: Groups, targets: Mapping[str, int]) -> float:
     return groups.flop_ratio(_gone(groups, targets), by_products=False)
-
-
-@torch.no_grad()
-def pca_sensitivity(network: nn.Module, images: Tensor, *, energy: float = 0.9) -> dict[str, float]:
-    """For each convolution the share of its outputs' principal components that hold `energy` of their variance.
-
-    Few components: redundant, prune more. As weights of `make_plan(rule=...)` this follows the SPP paper's use of PCA
-    for AlexNet. `images` (B, C, H, W) are prepared for the network. Raises ValueError for `energy` outside (0, 1).
-    """
-    if not 0 < energy < 1:
-        raise ValueError(f"energy={energy} must lie in (0, 1)")
-    found = {}
-    outputs = create_feature_extractor(copy.deepcopy(network).eval(), [*convolutions(network)])(images)
-    for name, output in outputs.items():
-        points = output.transpose(0, 1).flatten(1).double()  # (O, B·H·W)
-        values = torch.linalg.eigvalsh(torch.cov(points)).flip(0).clamp_min(0)  # (O,), largest first
-        enough = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
-        found[name] = min(enough, len(values)) / len(values)
-    return found

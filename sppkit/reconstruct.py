@@ -82,20 +82,6 @@ def lasso_problem(moments: Moments, weight: Tensor, *, unit_norm: bool = True) -
     return gram, (moments.xty / moments.count * W.T).view(c, kk, n).sum((1, 2))  # and (c,)
 
 
-def paper_problem(moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`lasso_problem` as the authors' code poses it: W_i as it is, one intercept for all outputs, a mean over them.
-
-    The target is Y without the bias (n,). With an intercept for each output, as in `lasso_problem`, what differs
-    between the means of two outputs is not for the channels to explain; here it is.
-    """
-    n, c = weight.shape[:2]
-    gram, correlation = lasso_problem(moments, weight, unit_norm=False)
-    W, mean = weight.detach().to(moments.xtx).flatten(2), moments.mean_x.view(c, -1)  # (n, c, kk), (c, kk)
-    Z, Y = (W * mean).sum(2), moments.mean_y - bias.detach().to(moments.xtx)  # means (n, c), (n,)
-    gram, correlation = (gram + Z.T @ Z) / n, (correlation + Z.T @ Y) / n
-    return gram - torch.outer(Z.mean(0), Z.mean(0)), correlation - Z.mean(0) * Y.mean()
-
-
 def refit(
     moments: Moments, kept: Tensor, kernel: tuple[int, int], *, ridge: float = 0.0, own: Tensor | None = None
 ) -> Refit:

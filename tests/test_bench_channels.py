@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import bench_channels as bench
+import choice
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +14,6 @@ import torch
 import torchvision
 from torch import nn
 
-from sppkit import choice
 from sppkit.__main__ import main
 from sppkit.reconstruct import Moments
 from sppkit.samples import convolution, sample_layer

@@ -8,6 +8,7 @@ from pathlib import Path
 import channels
 import numpy as np
 import pytest
+import sensitivity
 import torch
 from driver import run
 from settings import Experiment, Places, expand
@@ -78,7 +79,7 @@ def test_a_layer_keeps_what_the_components_of_its_input_call_for() -> None:
     network, images = networks.create("convnet").eval(), random_images(20)
     filters = convolutions(network)["conv1"].weight.data
     filters[16:] = filters[:16]
-    components = channels.pca_sensitivity(network, images)
+    components = sensitivity.pca(network, images)
     assert components["conv1"] < components["conv2"]
     for target in (3, 4):
         keep = channels.widths(network, images, replace(SMALL, rule="pca", flop_ratio=target))
@@ -90,7 +91,7 @@ def test_a_layer_keeps_what_the_components_of_its_input_call_for() -> None:
 def test_equal_errors_are_equal_and_reach_the_ratio() -> None:
     network, images = networks.create("convnet").eval(), random_images(40)
     plan = replace(SMALL, rule="error", flop_ratio=1.3, points=50)
-    curves = channels.sensitivity.curves(network, images, plan)
+    curves = sensitivity.curves(network, images, points=plan.points, seed=plan.seed)
     for name, (widths, errors) in curves.items():
         assert widths == sorted({*widths}), name
         assert (widths[0], widths[-1], errors[0], errors[-1]) == (1, 32, 1.0, 0.0)
@@ -103,7 +104,7 @@ def test_equal_errors_are_equal_and_reach_the_ratio() -> None:
     gone = {name: torch.arange(width, 32) for name, width in keep.items()}
     small = channels.compact(channels.without(network, gone), columns=False)
     assert flop_ratio(network, small, EXAMPLE) == pytest.approx(1.3, rel=0.03)
-    assert channels.sensitivity.found, "a second run of the same network looks it up"
+    assert channels.CURVES, "a second run of the same network looks it up"
 
 
 def test_before_the_refit_the_same_channels_are_gone_and_no_weight_is_new(digits: ImageData) -> None:

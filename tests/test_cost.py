@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import timing
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from training.networks import create
 
-from sppkit import cost
+from sppkit import cost, timing
 from sppkit.compact import ColumnConv2d, compact
 
 IMAGE = torch.zeros(1, 3, 32, 32)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import choice
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import networks
 
-from sppkit import choice, compact, cost, cp, graph, lasso, reconstruct
+from sppkit import compact, cost, cp, graph, lasso, reconstruct
 from sppkit.samples import sample_layer
 
 
@@ -211,7 +213,7 @@ def test_bad_input_is_named(chain: nn.Module, images: Tensor) -> None:
         ({"keep": {"conv2": 9}}, "keep=9 for layer 'conv2'"),
         ({"flop_ratio": 1.0}, r"flop_ratio=1\.0 must be above 1"),
         ({"flop_ratio": float("nan")}, "must be above 1"),
-        ({"flop_ratio": 1000.0}, r"flop_ratio=1000\.0 is out of reach: one channel in each layer gives \d+\.\d\d"),
+        ({"flop_ratio": 1000.0}, r"flop_ratio=1000\.0 is out of reach: the smallest widths give \d+\.\d\d"),
         ({}, "either flop_ratio or keep"),
         ({"flop_ratio": 2.0, "keep": {"conv2": 2}}, "either flop_ratio or keep"),
         ({"flop_ratio": 2.0, "points": 0}, "points=0"),
@@ -499,14 +501,16 @@ def test_a_rule_sets_the_proportions_and_leaves_the_others_alone() -> None:
         assert shares[name] == pytest.approx(1.5 * shares[convs[4]], abs=0.02)
     with pytest.raises(ValueError, match="rule: layer 'nowhere', weight 1"):
         cp.widths(network, example, 4, rule={"nowhere": 1.0})
-    with pytest.raises(ValueError, match=r"flop_ratio=50 is out of reach: one channel in each layer gives \d"):
+    with pytest.raises(ValueError, match=r"flop_ratio=50 is out of reach: the smallest widths give \d"):
         cp.widths(network, example, 50, rule=rule)
 
 
 def test_choices_keep_what_their_names_say(chain: nn.Module, images: Tensor) -> None:
     errors, kept = {}, {}
     for select in choice.CHOICES:
-        pruned, table = cp.mask_channels(chain, images, keep={"conv2": 4}, points=100, select=select)
+        pruned, table = cp.mask_channels(
+            chain, images, keep={"conv2": 4}, points=100, select=partial(choice.choose, select)
+        )
         kept[select] = pruned.conv2.weight.ne(0).any(3).any(2).any(0).nonzero().flatten()
         errors[select] = float(table["error"].iloc[0])
         assert len(kept[select]) == 4  # ten percent more than four is four
@@ -517,7 +521,7 @@ def test_choices_keep_what_their_names_say(chain: nn.Module, images: Tensor) -> 
     assert kept["max_response"].tolist() == largest.sort().values.tolist()
     assert errors["lasso"] < min(errors["first_k"], errors["random"])
     with pytest.raises(ValueError, match="layer 'conv2': select='best' must be one of lasso, alternating, paper"):
-        cp.mask_channels(chain, images, keep={"conv2": 4}, select="best")
+        cp.mask_channels(chain, images, keep={"conv2": 4}, select=partial(choice.choose, "best"))
 
 
 def test_alternating_is_lasso_and_least_squares_in_turn(chain: nn.Module, images: Tensor) -> None:
@@ -558,9 +562,27 @@ def test_thinet_is_greedy(images: Tensor) -> None:
     assert choice.thinet(Z.T @ Z, 3).tolist() == sorted({*range(7)} - {*gone})
 
 
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_rounded_widths_are_multiples_and_near_the_ratio(multiple: int) -> None:
+    network, example = torchvision.models.vgg16(), torch.zeros(1, 3, 64, 64)
+    plain, rounded = cp.widths(network, example, 4), cp.widths(network, example, 4, multiple=multiple)
+    assert [*plain] == [*rounded]
+    assert all(width % multiple == 0 for width in rounded.values())
+    assert any(width % multiple for width in plain.values())
+    assert max(abs(rounded[name] - plain[name]) for name in plain) <= multiple
+    gone = {name: torch.arange(width, 512) for name, width in rounded.items()}
+    for name, conv in compact.convolutions(network).items():
+        if name in gone:
+            conv.weight.data[:, gone[name][gone[name] < conv.in_channels]] = 0
+    ratio = cost.flop_ratio(torchvision.models.vgg16(), compact.compact(network, columns=False), example)
+    assert ratio == pytest.approx(4, rel=0.05)
+    with pytest.raises(ValueError, match="out of reach: the smallest widths give"):
+        cp.widths(network, example, 1000, multiple=multiple)
+
+
 def test_max_response_needs_the_filters(images: Tensor, branches: nn.Module) -> None:
     with pytest.raises(ValueError, match="layer 'conv1': select='max_response' needs the filters"):
-        cp.mask_channels(branches, images, keep={"conv1": 4}, select="max_response")
+        cp.mask_channels(branches, images, keep={"conv1": 4}, select=partial(choice.choose, "max_response"))
 
 
 def test_the_authors_problem_is_that_of_stacked_outputs(chain: nn.Module, images: Tensor) -> None:
@@ -569,11 +591,11 @@ def test_the_authors_problem_is_that_of_stacked_outputs(chain: nn.Module, images
     W, bias = chain.conv3.weight.detach().double(), chain.conv3.bias.detach().double()
     Z = torch.einsum("Nck,nck->Nnc", X.unflatten(1, (12, 1)), W.flatten(2)).flatten(0, 1)  # (N n, c)
     y = (Y - bias).flatten()
-    gram, correlation = reconstruct.paper_problem(reconstruct.Moments().add(X, Y), W, bias)
+    gram, correlation = choice.paper_problem(reconstruct.Moments().add(X, Y), W, bias)
     centred = Z - Z.mean(0)
     torch.testing.assert_close(gram, centred.T @ centred / len(Z))
     torch.testing.assert_close(correlation, centred.T @ (y - y.mean()) / len(Z))
-    found = lasso.search(gram, correlation, 5)
+    found = choice.search(gram, correlation, 5)
     theirs = Lasso(alpha=found.alpha, tol=1e-12, max_iter=100_000).fit(Z.numpy(), y.numpy()).coef_
     np.testing.assert_allclose(found.beta.numpy(), theirs, atol=1e-6 * np.abs(theirs).max())
     assert found.kept.tolist() == np.flatnonzero(theirs).tolist()
@@ -583,14 +605,18 @@ def test_the_authors_widths_are_up_to_a_tenth_above(images: Tensor) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 60, 3), nn.ReLU(), nn.Conv2d(60, 5, 3)).eval()
     widths = [
-        int(cp.mask_channels(network, images, keep={"2": 20}, points=50, select="paper", seed=seed)[1]["kept"].iloc[0])
+        int(
+            cp.mask_channels(
+                network, images, keep={"2": 20}, points=50, select=partial(choice.choose, "paper"), seed=seed
+            )[1]["kept"].iloc[0]
+        )
         for seed in range(6)
     ]
     assert all(20 <= width <= 22 for width in widths)
     with pytest.raises(ValueError, match="no alpha leaves 2 to 2 channels"):
-        lasso.search(torch.eye(4), torch.tensor([3.0, 2.0, 2.0, 2.0]), 2)
+        choice.search(torch.eye(4), torch.tensor([3.0, 2.0, 2.0, 2.0]), 2)
     with pytest.raises(ValueError, match=r"keep=5 must lie in 1\.\.4"):
-        lasso.search(torch.eye(4), torch.ones(4), 5)
+        choice.search(torch.eye(4), torch.ones(4), 5)
 
 
 @pytest.mark.parametrize("correct", [True, False])

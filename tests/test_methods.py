@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import taylor
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -65,7 +66,7 @@ def train(network: nn.Module, pruner: Pruner, steps: int, **options: float) -> N
 def test_every_method_ends_at_the_flop_ratio(method: str) -> None:
     kind = "filter" if method == "taylor" else "column"
     network = chain()
-    score = lambda: methods.taylor_scores(network, pruner.groups, [batch(0)])  # noqa: E731
+    score = lambda: taylor.scores(network, pruner.groups, [batch(0)])  # noqa: E731
     how: dict[str, Any] = {"interval": 1, "rounds": 12, "A": 0.3, "score": score if method == "taylor" else None}
     pruner = prune(network, method=method, flop_ratio=2.5, kind=kind, **how)
     train(network, pruner, 60)
@@ -159,7 +160,7 @@ def test_ssl_adds_the_group_lasso_until_it_is_finished() -> None:
 def test_taylor_scores_are_gradient_times_feature_map() -> None:
     network = chain()
     groups = make_plan(network, batch(0)[0], ratio=0.5, kind="filter").groups
-    found = methods.taylor_scores(network, groups, [batch(0), batch(1)])
+    found = taylor.scores(network, groups, [batch(0), batch(1)])
     by_layer: dict[str, Tensor] = {}
     for name in groups.layers:
         total = torch.zeros(len(network.get_submodule(name).weight))

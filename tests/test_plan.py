@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import sensitivity
 import torch
 from torch import nn
 from training import networks
@@ -13,7 +14,7 @@ from training import networks
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
 from sppkit.groups import KINDS
-from sppkit.plan import make_plan, pca_sensitivity
+from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -104,7 +105,7 @@ def test_sensitivity_counts_the_components_that_hold_the_energy() -> None:
         network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
     network[0].weight.data[:] = network[0].weight.data[:1]  # one direction: one component of eight
     images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    found = pca_sensitivity(network, images, energy=0.99)
+    found = sensitivity.pca(network, images, energy=0.99)
     assert found["0"] == pytest.approx(1 / 8)
     outputs = network(images).transpose(0, 1).flatten(1).double()
     share = torch.linalg.svdvals(outputs - outputs.mean(1, keepdim=True)).square()
@@ -139,4 +140,4 @@ def test_bad_plans_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(networks.create("convnet"), EXAMPLE, **options)
     with pytest.raises(ValueError, match=r"energy=1 must lie in \(0, 1\)"):
-        pca_sensitivity(networks.create("convnet"), EXAMPLE, energy=1)
+        sensitivity.pca(networks.create("convnet"), EXAMPLE, energy=1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import channels
+import choice
 import numpy as np
 import pytest
 import single
@@ -16,7 +18,7 @@ from training import OutOfTime, evaluate, networks
 from training.data import ImageData, load
 from variants import gone
 
-from sppkit import choice, cp
+from sppkit import cp
 from sppkit.compact import convolutions
 from sppkit.graph import fold
 from sppkit.samples import sample_layer
@@ -50,7 +52,9 @@ def test_a_row_is_what_pruning_that_layer_alone_gives(
     for row in record["rows"]:
         if row["select"] in ("lasso", "max_response", "thinet") and row["ratio"] == 2:
             assert row["kept"] == 16
-            masked, table = cp.mask_channels(network, images, keep={"conv3": 16}, select=row["select"], points=5)
+            masked, table = cp.mask_channels(
+                network, images, keep={"conv3": 16}, select=partial(choice.choose, row["select"]), points=5
+            )
             for column in ("error_before", "error"):
                 assert row[column] == pytest.approx(float(table[column].iloc[0]), rel=1e-6)
             assert row["acc_refitted"] == pytest.approx(evaluate(masked, digits, SMALL.phase("retrain")), abs=2)

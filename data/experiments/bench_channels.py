@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from training import networks
 from training.data import device_name, resolve_device
 
-from sppkit import choice, cost, cp, lasso
+from sppkit import cost, cp, lasso
 from sppkit.compact import trace
 from sppkit.graph import sites
 from sppkit.reconstruct import Moments, Refit, error, lasso_problem, refit
@@ -258,7 +258,7 @@ def ours(
 ) -> tuple[Tensor, Refit, dict[str, float]]:
     """Channels, refit and seconds of what `cp.prune_layer` does, from X (N, c kh kw) and Y (N, n) on the device."""
     moments, moments_s = timed(device, gather, zip(X.split(CHUNK), Y.split(CHUNK), strict=True))
-    (kept, *_), select_s = timed(device, choice.choose, "lasso", moments, conv, keep)
+    (kept, *_), select_s = timed(device, cp.by_lasso, moments, conv, keep)
     fit, refit_s = timed(device, refit, moments, kept, KERNEL)
     return kept, fit, {"moments_s": moments_s, "select_s": select_s, "refit_s": refit_s}
 

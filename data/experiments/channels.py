@@ -19,10 +19,12 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import sensitivity
 import torch
+from choice import choose
 from factorise import factorise
 from settings import Experiment
 from torch import Tensor, nn
@@ -32,9 +34,9 @@ from training.data import ImageData
 from sppkit import cost, cp
 from sppkit.compact import channel_links, compact, convolutions, trace
 from sppkit.graph import fold, sites
-from sppkit.plan import pca_sensitivity
 
 FACTORISATIONS = {"jaderberg": "spatial", "asym": "channel", "asym3d": "3d", "3c": "3c"}
+CURVES: dict[str, dict[str, sensitivity.Curve]] = {}  # by network: several runs share them
 Smaller = tuple[nn.Module, nn.Module | None, dict[str, Any]]  # network, the same before the refit, notes
 
 
@@ -82,16 +84,17 @@ def widths(network: nn.Module, images: Tensor, plan: Experiment) -> dict[str, in
         raise ValueError(f"rule={plan.rule!r} is not for channels; take 'uniform', 'paper', 'pca' or 'error'")
     if plan.rule == "error":
         key = network_id(network)
-        if key not in sensitivity.found:
-            sensitivity.found[key] = sensitivity.curves(network, images, plan)
-        return sensitivity.equal_error(network, images[:1], sensitivity.found[key], plan)
+        if key not in CURVES:
+            how = {name: getattr(plan, name) for name in ("samplers", "points", "seed")}
+            CURVES[key] = sensitivity.curves(network, images, **how)
+        return sensitivity.equal_error(network, images[:1], CURVES[key], plan.flop_ratio, samplers=plan.samplers)
     found, rule = sites(network, trace(network), samplers=plan.samplers), None
     if plan.rule == "paper":
         rule = {layer: weight for layer, weight in paper_rule(network, images[:1]).items() if layer in found}
     if plan.rule == "pca":
         if shared := [layer for layer, place in found.items() if place.producer is None]:
             raise ValueError(f"rule='pca' needs one producer of a layer's input, unlike {shared[0]!r}; samplers=False")
-        components = pca_sensitivity(network, images[:1000])
+        components = sensitivity.pca(network, images[:1000])
         rule = {layer: components[place.producer or ""] for layer, place in found.items()}
     return cp.widths(network, images[:1], plan.flop_ratio, rule=rule, samplers=plan.samplers)
 
@@ -107,10 +110,11 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
             return thin, None, {"layers": table.to_dict("records")}
         keep = widths(fold(network)[0], images, plan)
         if plan.method == "cp":
-            names = ("select", "samplers", "correct", "renew", "ridge", "points", "seed")
-            masked, table = cp.mask_channels(
-                network, images, keep=keep, **{name: getattr(plan, name) for name in names}
-            )
+            settings = {
+                name: getattr(plan, name) for name in ("samplers", "correct", "renew", "ridge", "points", "seed")
+            }
+            select = None if plan.select == "lasso" else partial(choose, plan.select)
+            masked, table = cp.mask_channels(network, images, keep=keep, select=select, **settings)
             bare = without(network, {name: gone(convolutions(masked)[name]) for name in table["layer"]})
             thin = compact(masked if plan.refit else bare, images[:64], columns=False)
             return thin, bare if plan.refit else None, {"layers": table.to_dict("records")}

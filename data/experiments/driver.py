@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import sensitivity
+import taylor
 import torch
 from channels import network_id, smaller
 from settings import CHANNELS, SINGLE, Experiment, Places, expand, lines
@@ -32,8 +34,8 @@ from variants import VariedPruner, WatchedPruner, chosen
 
 from sppkit import cost, state
 from sppkit.compact import compact
-from sppkit.methods import cut, taylor_scores
-from sppkit.plan import make_plan, pca_sensitivity
+from sppkit.methods import cut
+from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
 
 AHEAD = 8  # steps
@@ -175,7 +177,7 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     """The pruner of an experiment's settings; TP scores on the first ten batches' worth of training images."""
     normalise = Normalise.of(data.train, plan.normalise)
     example = normalise(data.test.images[:1])
-    rule = pca_sensitivity(network, normalise(data.train.images[:1000])) if plan.rule == "pca" else plan.rule
+    rule = sensitivity.pca(network, normalise(data.train.images[:1000])) if plan.rule == "pca" else plan.rule
     amounts = make_plan(network, example, flop_ratio=plan.flop_ratio, kind=plan.kind, rule=rule)
     names = ("method", "interval", "rounds", "A", "u", "form", "gradient", "rescale", "seed")
     options: dict[str, Any] = {name: getattr(plan, name) for name in names}
@@ -184,7 +186,7 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     varied: dict[str, Any] = {name: getattr(plan, name) for name in (*own[:-1], "weight_decay")}
     if plan.method == "taylor":
         batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))
-        options["score"] = lambda: taylor_scores(network, amounts.groups, batches)
+        options["score"] = lambda: taylor.scores(network, amounts.groups, batches)
     if not plain:
         return VariedPruner(network, amounts, **options, **varied)
     most = plan.prune_steps // plan.interval + 1

@@ -52,7 +52,7 @@ class Experiment:
     prune_steps: int = 32_400  # all of them: once the plan is reached, the masks stay as they are
     prune_lr: float = 1e-3
     kind: str = "column"  # of the groups, see `groups`; those of CHANNELS have channels or factors
-    rule: str = "uniform"  # of the plan, see `plan`; "pca": by `pca_sensitivity` on 1,000 training images;
+    rule: str = "uniform"  # of the plan, see `plan`; "pca": by `sensitivity.pca` on 1,000 training images;
     # "paper" and "error" of channels, see `channels.paper_rule` and `sensitivity`
     interval: int = 180  # t of SPP; the settings to `rescale` are those of `pruner.Pruner`
     rounds: int = 150

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
+import choice
 import numpy as np
 import torch
 from channels import exact, prepared, training_images
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from training import evaluate
 from training.data import ImageData
 
-from sppkit import choice
 from sppkit.compact import channel_links, convolutions
 from sppkit.graph import fold
 from sppkit.reconstruct import Moments, error, refit

@@ -1,10 +1,12 @@
-"""Ways to choose the input channels of a convolution that stay; each is followed by the same refit.
+"""Ways to choose the input channels of a convolution that stay, CP's and others; each is followed by the same refit.
+
+`functools.partial(choose, name)` is what `cp.mask_channels` takes as `select`.
 
 name          keeps                                                           source
 lasso         what LASSO picks, by the exact path                             CP, arXiv 1707.06168, eqs. 1-2
 alternating   the same in ROUNDS steps to the width, the weights of the       the same, as first described there
               channels left refit after each
-paper         the same as the authors' code poses it: 400 samples, alpha      CP-code, see `lasso.search`
+paper         the same as the authors' code poses it: 400 samples, alpha      CP-code, see `search`
               by bisection, up to 10 % more channels than asked for
 first_k       the first                                                       CP, single-layer experiments
 max_response  those made by the filters of largest L1 norm                    Li et al., ICLR 2017
@@ -16,8 +18,8 @@ thinet        what is left when channels go one by one, each time the one     Lu
 import torch
 from torch import Tensor, nn
 
-from sppkit.lasso import Selection, search, select
-from sppkit.reconstruct import Moments, lasso_problem, paper_problem, refit
+from sppkit.lasso import Selection, path, select
+from sppkit.reconstruct import Moments, lasso_problem, refit
 
 ROUNDS = 5
 
@@ -38,6 +40,57 @@ def thinet(gram: Tensor, keep: int) -> Tensor:
         total, with_gone = float(energy[goes]), with_gone + gram[goes]
         alive[goes] = False
     return alive.nonzero().flatten().to(gram.device)
+
+
+def paper_problem(moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`lasso_problem` as the authors' code poses it: W_i as it is, one intercept for all outputs, a mean over them.
+
+    The target is Y without the bias (n,). With an intercept for each output, as in `lasso_problem`, what differs
+    between the means of two outputs is not for the channels to explain; here it is.
+    """
+    n, c = weight.shape[:2]
+    gram, correlation = lasso_problem(moments, weight, unit_norm=False)
+    W, mean = weight.detach().to(moments.xtx).flatten(2), moments.mean_x.view(c, -1)  # (n, c, kk), (c, kk)
+    Z, Y = (W * mean).sum(2), moments.mean_y - bias.detach().to(moments.xtx)  # means (n, c), (n,)
+    gram, correlation = (gram + Z.T @ Z) / n, (correlation + Z.T @ Y) / n
+    return gram - torch.outer(Z.mean(0), Z.mean(0)), correlation - Z.mean(0) * Y.mean()
+
+
+def search(gram: Tensor, correlation: Tensor, keep: int, *, start: float = 1e-3, tolerance: float = 0.1) -> Selection:
+    """What the authors' code accepts: `keep` channels or up to `tolerance` more, at an alpha found by bisection.
+
+    alpha doubles from `start`, in units of the correlation, until fewer than `keep` coefficients are left, then the
+    interval below is halved until the count fits. The coefficients are exact here; there coordinate descent finds
+    them, and the first `start` is the last layer's. Fields, ValueError and widths beyond the path as `lasso.select`.
+
+    >>> search(torch.eye(3), torch.tensor([0.1, 0.3, 0.2]), keep=1).kept.tolist()
+    [1]
+    """
+    alphas, betas = (values.cpu().numpy() for values in path(gram, correlation))
+    active = (betas[:-1] != 0) | (betas[1:] != 0)  # between two knots
+    most = int((1 + tolerance) * keep)
+    if not 1 <= keep <= active.sum(1).max(initial=0):
+        return select(gram, correlation, keep)
+
+    def count(alpha: float) -> int:
+        return 0 if alpha >= alphas[0] else int(active[min(int((alphas > alpha).sum()), len(active)) - 1].sum())
+
+    low, high = 0.0, start
+    while count(high) >= keep:
+        high *= 2
+    for _ in range(200):
+        alpha = (low + high) / 2
+        if keep <= (found := count(alpha)) <= most:
+            break
+        low, high = (alpha, high) if found > most else (low, alpha)
+    else:
+        raise ValueError(f"no alpha leaves {keep} to {most} channels: several enter together; use `lasso.select`")
+    k = int((alphas > alpha).sum()) - 1
+    share = 0.0 if k + 1 == len(alphas) else (alphas[k] - alpha) / (alphas[k] - alphas[k + 1])
+    beta = torch.from_numpy(betas[k] + share * (betas[min(k + 1, len(betas) - 1)] - betas[k])).to(gram.device)
+    residual = (correlation.double() - gram.double() @ beta - alpha * beta.sign())[beta != 0].abs()
+    violation = float(residual.max() / correlation.abs().max()) if len(residual) else 0.0
+    return Selection(kept=beta.nonzero().flatten(), beta=beta, alpha=alpha, violation=violation)
 
 
 def _lasso(moments: Moments, weight: Tensor, keep: int) -> Selection:

@@ -1,0 +1,114 @@
+"""A network made ready to run, dense or compact: one call, so that both are measured at their best.
+
+BatchNorms are folded, and each `ColumnConv2d` is put against a dense convolution on the device at hand: columns save
+multiplications and cost a gather, and where the gather costs more the dense one stands in for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sppkit.compact import ColumnConv2d
+from sppkit.graph import fold
+from sppkit.timing import milliseconds
+
+ENGINES = ("measured", "columns", "dense")
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+def optimise(
+    network: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    engine: str = "measured",
+    capture: bool = False,
+    rounds: int = 5,
+) -> nn.Module:
+    """A copy for inference on the device of `example` (B, C, H, W), which it is measured and checked with.
+
+    dtype, channels_last: of weights and inputs; a call takes float32 images in any layout.
+    engine: of column convolutions; "measured" takes what is faster in the median of `rounds`, layer by layer.
+    capture: as one CUDA graph, for batches of the shape of `example` only.
+    Raises ValueError for an engine, precision or device that cannot be, RuntimeError if outputs differ too much.
+
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> ready = optimise(network, torch.randn(2, 3, 8, 8))
+    >>> [type(module).__name__ for module in ready.network]
+    ['Conv2d', 'Identity', 'ReLU']
+    """
+    if engine not in ENGINES or dtype not in TOLERANCE:
+        raise ValueError(f"engine={engine!r}, dtype={dtype}: one of {', '.join(ENGINES)}, of {[*TOLERANCE]}")
+    if capture and not example.is_cuda:
+        raise ValueError(f"capture=True makes a CUDA graph, and the example is on {example.device}; capture=False")
+    if not len(example):
+        raise ValueError(f"images {tuple(example.shape)}: a batch of 0 shows nothing")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    ready = fold(network)[0].to(example.device, dtype, memory_format=layout)  # type: ignore[call-overload]
+    result = Ready(ready, dtype, layout)
+    with torch.no_grad():
+        expected = copy.deepcopy(network).to(example.device).eval()(example).float()
+        if engine != "columns":
+            _take_dense(result, example, rounds if engine == "measured" else 0)
+        if capture:
+            result.capture(example)
+        difference = float((result(example) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not difference <= TOLERANCE[dtype]:
+        raise RuntimeError(f"outputs in {dtype} differ by {difference:.1e} of the largest; keep a higher precision")
+    return result
+
+
+class Ready(nn.Module):
+    """A network behind conversions of its input and output, or behind a CUDA graph of all three."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.network, self.dtype, self.layout = network, dtype, layout
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.graph is None:
+            return self.network(x.to(self.dtype, memory_format=self.layout)).float()
+        if x.shape != self.input.shape or x.device != self.input.device:
+            raise ValueError(f"captured for {tuple(self.input.shape)} on {self.input.device}, not {tuple(x.shape)}")
+        self.input.copy_(x)
+        self.graph.replay()
+        return self.output
+
+    def capture(self, example: Tensor) -> None:
+        """Record the work on batches of this shape; later ones are copied to where the graph reads."""
+        self.input, side = example.clone(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose their algorithms before anything is recorded
+                self(self.input)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.output = self(self.input)
+        self.graph = graph
+
+
+def _take_dense(ready: Ready, example: Tensor, rounds: int) -> None:
+    """Replace column convolutions by dense ones where these are faster; rounds = 0: everywhere."""
+    columns = {name: m for name, m in ready.network.named_modules() if isinstance(m, ColumnConv2d)}
+    inputs = dict[str, Tensor]()
+
+    def look(name: str) -> Any:
+        return lambda _, given: inputs.update({name: given[0].detach().clone()})
+
+    hooks = [module.register_forward_pre_hook(look(name)) for name, module in columns.items()]
+    ready(example)
+    for hook in hooks:
+        hook.remove()
+    for name, column in columns.items():
+        dense = column.dense().to(memory_format=ready.layout)  # type: ignore[call-overload]
+        times = milliseconds({"columns": column, "dense": dense}, inputs.pop(name), rounds).median() if rounds else None
+        if times is None or times["dense"] < times["columns"]:
+            ready.network.set_submodule(name, dense)

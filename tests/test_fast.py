@@ -1,0 +1,153 @@
+"""Networks made ready to run: the same outputs, engines by measurement, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from training import networks
+
+from sppkit import fast, timing
+from sppkit.compact import ColumnConv2d, compact
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def trained(name: str) -> nn.Module:
+    """A network whose BatchNorms have seen something."""
+    network = networks.create(name, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+    return network.eval()
+
+
+def masked(name: str) -> nn.Module:
+    """Three quarters of the columns of each inner convolution are zero."""
+    network, generator = trained(name), torch.Generator().manual_seed(2)
+    for layer, conv in list(timing.convolutions(network).items())[1:]:
+        gone = torch.rand(conv.weight[0].shape, generator=generator) < 0.75
+        assert gone.any(), layer
+        conv.weight.data[:, gone] = 0
+    return network
+
+
+def columns(network: nn.Module) -> list[ColumnConv2d]:
+    return [module for module in network.modules() if isinstance(module, ColumnConv2d)]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["convnet", "resnet20-projection"])
+def test_the_function_stays_and_batchnorm_is_gone(name: str, channels_last: bool, images: Tensor) -> None:
+    network = trained(name)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    ready = fast.optimise(network, images, channels_last=channels_last)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in ready.modules())
+    torch.testing.assert_close(ready(images), network(images), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    weights = [
+        module.weight for module in ready.modules() if isinstance(module, nn.Conv2d) and module.kernel_size > (1, 1)
+    ]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) == channels_last for weight in weights)
+
+
+def test_bf16_is_near_and_comes_back_as_float32(images: Tensor) -> None:
+    network = trained("resnet20-projection")
+    out, expected = fast.optimise(network, images, dtype=torch.bfloat16)(images), network(images).detach()
+    assert out.dtype == torch.float32
+    assert not out.requires_grad
+    assert 0 < float((out - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet20-projection"])
+def test_each_engine_computes_what_the_masked_network_does(name: str, images: Tensor) -> None:
+    expected, small = masked(name)(images), compact(masked(name), images)
+    count = len(columns(small))
+    assert count > 1
+    for engine, left in (("columns", {count}), ("dense", {0}), ("measured", {*range(count + 1)})):
+        ready = fast.optimise(small, images, engine=engine)
+        assert len(columns(ready)) in left
+        torch.testing.assert_close(ready(images), expected, rtol=1e-4, atol=1e-4)
+    assert len(columns(small)) == count, "the compact network itself stays"
+
+
+def test_the_faster_engine_stays_layer_by_layer(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = compact(masked("resnet20-projection"), images)
+    seen = list[tuple[int, ...]]()
+
+    def clock(modules: dict[str, nn.Module], example: Tensor, rounds: int) -> pd.DataFrame:
+        """Dense is faster in every second layer."""
+        seen.append(tuple(example.shape))
+        outputs = [module(example) for module in modules.values()]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+        return pd.DataFrame([{"columns": 2.0, "dense": 1.0 + 2 * (len(seen) % 2)}] * rounds)
+
+    monkeypatch.setattr(fast, "milliseconds", clock)
+    ready = fast.optimise(small, images)
+    assert len(seen) == len(columns(small))
+    assert len(columns(ready)) == -(-len(seen) // 2)
+    assert {shape[0] for shape in seen} == {4}
+
+
+@pytest.mark.parametrize("padding", [0, 2, "same"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_the_dense_form_of_columns_is_the_masked_convolution(padding: int | str, mode: str) -> None:
+    conv = nn.Conv2d(5, 7, (3, 5), padding=padding, padding_mode=mode, dilation=1 if padding == "same" else (2, 1))
+    conv.weight.data[:, torch.rand(conv.weight[0].shape, generator=torch.Generator().manual_seed(0)) < 0.6] = 0
+    kept = conv.weight.data.flatten(1).ne(0).all(0).nonzero().flatten()
+    dense, x = ColumnConv2d(conv, kept).dense(), torch.randn(2, 5, 11, 12)
+    assert torch.equal(dense.weight, conv.weight)
+    torch.testing.assert_close(dense(x), conv(x))
+
+
+def test_padding_that_differs_from_side_to_side_has_no_dense_form() -> None:
+    column = ColumnConv2d(nn.Conv2d(3, 4, 4, padding="same"), torch.arange(0, 48, 3))
+    with pytest.raises(ValueError, match=r"padding \[1, 2, 1, 2\] differs from side to side"):
+        column.dense()
+
+
+def test_what_cannot_be_is_refused(images: Tensor) -> None:
+    network = trained("convnet")
+    for settings, words in (
+        ({"engine": "triton"}, "engine='triton'.*measured, columns, dense"),
+        ({"dtype": torch.int8}, r"dtype=torch\.int8"),
+        ({"capture": True}, "CUDA graph, and the example is on cpu; capture=False"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fast.optimise(network, images, **settings)
+    with pytest.raises(ValueError, match=r"\(0, 3, 32, 32\): a batch of 0"):
+        fast.optimise(network, images[:0])
+
+
+def test_outputs_that_differ_are_an_error(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = compact(masked("convnet"), images)
+
+    def wrong(self: ColumnConv2d) -> nn.Conv2d:
+        conv = right(self)
+        conv.weight.data.mul_(1.01)
+        return conv
+
+    right = ColumnConv2d.dense
+    monkeypatch.setattr(ColumnConv2d, "dense", wrong)
+    with pytest.raises(RuntimeError, match=r"outputs in torch\.float32 differ by"):
+        fast.optimise(small, images, engine="dense")
+
+
+def test_a_masked_network_is_not_timed_as_a_fast_one(images: Tensor) -> None:
+    network = masked("convnet")
+    with pytest.raises(ValueError, match=r"network 'pruned' is masked \(layer 'conv2'\).*`compact` it first"):
+        timing.measure({"pruned": network}, images, rounds=1)
+    small = compact(network, images)
+    standing_in = fast.optimise(small, images, engine="dense")
+    table = timing.measure({"columns": small, "dense": copy.deepcopy(standing_in)}, images, rounds=1)
+    assert table.index.tolist() == ["columns", "dense"]
+    with pytest.raises(ValueError, match="a batch of 0 has no speed"):
+        timing.measure({"columns": small}, images[:0])
