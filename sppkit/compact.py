@@ -47,8 +47,8 @@ def _channels(conv: nn.Conv2d) -> Tensor:
 class ColumnConv2d(nn.Module):
     """A convolution by some columns of its GEMM matrix: weight (O, K), index (K,) into the C·kh·kw of `F.unfold`.
 
-    Columns are in the order of the kernel's taps. Each tap reads its channels of a shifted input, and one GEMM takes
-    what all of them read: no column that is not kept is ever written.
+    The kept columns are read from a view of all windows of the input, and one GEMM takes them: no column that is not
+    kept is ever written.
     """
 
     index: Tensor
@@ -62,31 +62,18 @@ class ColumnConv2d(nn.Module):
         self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept])  # (O, K)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.register_buffer("index", _channels(conv)[kept // taps] * taps + kept % taps)
-        self.register_load_state_dict_post_hook(ColumnConv2d._sort)
-        self._sort()
-
-    def _sort(self, _: object = None) -> None:
-        """Columns by tap, and how many each tap has: known to Python, so that a forward pass asks no device."""
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        order = (self.index % taps).argsort(stable=True)
-        self.index, self.weight.data = self.index[order], self.weight.data[:, order]
-        self.counts = (self.index % taps).bincount(minlength=taps).tolist()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.padding, self.padding_mode)
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
-        height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-        channels, read, start = self.index // (kh * kw), list[Tensor](), 0
-        for tap, count in enumerate(self.counts):
-            i, j = tap // kw * dh, tap % kw * dw
-            shifted = x[:, :, i : i + (height - 1) * sh + 1 : sh, j : j + (width - 1) * sw + 1 : sw]
-            if count or tap == 0:  # of no columns at all, an empty matrix
-                read.append(shifted.index_select(1, channels[start : start + count]))
-            start += count
-        y = self.weight @ torch.cat(read, 1).flatten(2)  # (O, K) @ (B, K, Ho*Wo)
+        x = F.pad(x.contiguous(), self.padding, self.padding_mode)
+        rows = x.unfold(2, dh * (kh - 1) + 1, sh)[..., ::dh]  # (B, C, Ho, W, kh)
+        windows = rows.unfold(3, dw * (kw - 1) + 1, sw)[..., ::dw]  # (B, C, Ho, Wo, kh, kw), a view
+        channel, tap = self.index // (kh * kw), self.index % (kh * kw)
+        read = windows[:, channel, :, :, tap // kw, tap % kw]  # (K, B, Ho, Wo)
+        y = self.weight @ read.flatten(1)  # (O, K) @ (K, B*Ho*Wo)
         if self.bias is not None:
             y = y + self.bias[:, None]
-        return y.unflatten(2, (height, width))  # (B, O, Ho, Wo)
+        return y.unflatten(1, read.shape[1:]).transpose(0, 1)  # (B, O, Ho, Wo)
 
     def dense(self) -> nn.Conv2d:
         """The convolution that it is, zeros in the place of missing columns."""
