@@ -1,0 +1,268 @@
+"""Milliseconds of pruned layers and networks beside dense ones, and what the machine could do at best.
+
+Nothing is trained: weights are random, and which channels and columns go is drawn; a clock does not see the difference.
+All networks, the dense one too, are made ready by `fast.optimise` in the layout of memory that is faster for each; on a
+GPU in bf16, each replayed as a CUDA graph, on a CPU in float32. Rounds are interleaved, and the dense network runs
+twice: how far its two times differ is the noise.
+
+ceilings: of a large matrix product (operations a second) and a large copy (bytes a second, read and written).
+floor_ms: of a layer by these, with every number read or written once: the longer of multiplying and moving, for columns
+the sum of both, since they are gathered into a matrix first. of_floor: floor over measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+import torchvision
+from bench_channels import _show, random_images, vgg16
+from driver import append_line, revision
+from factorise import factorise
+from torch import Tensor, nn
+from training.data import device_name, resolve_device
+
+from sppkit import cost, cp, fast
+from sppkit.compact import ColumnConv2d, compact, convolutions
+from sppkit.plan import make_plan
+from sppkit.timing import measure, milliseconds
+
+SHARE = 0.25  # of the columns that are kept in single layers
+LAYERS = {"conv3_2": (256, 256, 56), "conv4_1": (256, 512, 28), "conv4_2": (512, 512, 28), "conv5_2": (512, 512, 14)}
+BLOCK = 16  # neighbouring input channels of one tap
+RATIO, RESNET_RATIO = 4.0, 2.0  # of the networks' convolution MACs
+FACTORISATIONS = {"Jaderberg": "spatial", "Asym.": "channel", "Asym. 3D": "3d"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    pixels: int = 224
+    shrink: int = 1  # divides the widths of VGG-16 and of the layers
+    rounds: int = 20
+    batches: tuple[int, ...] = (1, 8)
+    layer_batch: int = 1
+    matrix: int = 2048  # rows of the ceiling's product
+    copied: int = 2**26  # elements of the ceiling's copy
+
+
+FULL = {"cpu": Sizes(), "cuda": Sizes(rounds=50, batches=(1, 8, 64, 256), layer_batch=64, matrix=8192, copied=2**29)}
+QUICK = Sizes(pixels=32, shrink=8, rounds=2, batches=(1, 2), layer_batch=2, matrix=64, copied=2**12)
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Sizes
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def ready(self, network: nn.Module, example: Tensor) -> nn.Module:
+        """The faster of both layouts."""
+        how: dict[str, Any] = {"dtype": self.dtype, "capture": self.gpu}
+        both = {last: fast.optimise(network, example, channels_last=last, **how) for last in (False, True)}
+        times = milliseconds({str(last): each for last, each in both.items()}, example, 5).median()
+        return both[bool(times["True"] < times["False"])]
+
+    def table(self, networks: Mapping[str, nn.Module], example: Tensor) -> pd.DataFrame:
+        """`timing.measure` of the networks made ready, and how many times the first one's speed each has."""
+        first = next(iter(networks))
+        ready = {name: self.ready(network, example) for name, network in networks.items()}
+        table = measure({**ready, f"{first}, again": ready[first]}, example, rounds=self.sizes.rounds)
+        table["times"] = table["median_ms"].iloc[0] / table["median_ms"]
+        return table.rename_axis("network").reset_index()
+
+
+def ceilings(machine: Machine) -> dict[str, float]:
+    """Operations and bytes a second of a large product and a large copy, medians."""
+    n, count = machine.sizes.matrix, machine.sizes.copied
+    a, b = (torch.randn(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
+    source = torch.randn(count, device=machine.device, dtype=machine.dtype)
+    target = torch.empty_like(source)
+    works: dict[str, Any] = {"product": lambda _: a @ b, "copy": lambda _: target.copy_(source)}
+    seconds = milliseconds(works, a, machine.sizes.rounds).median() / 1e3
+    moved = 2 * source.nbytes
+    return {"operations": 2 * n**3 / float(seconds["product"]), "bytes": moved / float(seconds["copy"])}
+
+
+def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
+    """Single 3 x 3 convolutions of VGG-16: dense, random columns and random blocks, a quarter kept."""
+    parts, size = [], torch.finfo(machine.dtype).bits // 8
+    for name, (c, n, pixels) in LAYERS.items():
+        c, n, pixels = c // machine.sizes.shrink, n // machine.sizes.shrink, pixels * machine.sizes.pixels // 224
+        torch.manual_seed(0)
+        x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device)
+        dense = nn.Conv2d(c, n, 3, padding=1).to(machine.device)
+        block = min(BLOCK, c // 2)
+        drawn = {"columns": _drawn(c, 1).to(machine.device), f"blocks of {block}": _drawn(c, block).to(machine.device)}
+        networks: dict[str, nn.Module] = {"dense": nn.Sequential(dense)}
+        for kind, kept in drawn.items():
+            column = ColumnConv2d(dense, kept.nonzero().flatten())
+            masked = copy.deepcopy(dense)
+            masked.weight.data.flatten(1)[:, ~kept] = 0
+            torch.testing.assert_close(column(x), masked(x), rtol=1e-4, atol=1e-4)
+            networks[kind] = nn.Sequential(column)
+        ready = {kind: each if kind != "dense" else machine.ready(each, x) for kind, each in networks.items()}
+        ready |= {kind: fast.optimise(networks[kind], x, dtype=machine.dtype, engine="columns", capture=machine.gpu)
+                  for kind in drawn}  # fmt: skip
+        table = measure({**ready, "dense, again": ready["dense"]}, x, rounds=machine.sizes.rounds).rename_axis("kind")
+        columns = pd.Series({kind: float(drawn[kind].sum()) if kind in drawn else c * 9.0 for kind in table.index})
+        places = len(x) * pixels**2
+        multiply = 2 * columns * n * places / limits["operations"]
+        moved = size * (x.numel() + columns * n + n * places + (columns < c * 9) * 2 * columns * places)
+        move = moved / limits["bytes"]
+        floor = (multiply + move).where(columns < c * 9, multiply.combine(move, max)) * 1e3
+        table = table.assign(layer=name, columns=columns, floor_ms=floor, of_floor=floor / table["median_ms"])
+        parts.append(table.assign(times=table["median_ms"].iloc[0] / table["median_ms"]).reset_index())
+    return pd.concat(parts, ignore_index=True)
+
+
+def _drawn(channels: int, block: int) -> Tensor:
+    """Which columns (channels * 9,) stay, a quarter, where `block` neighbouring channels of a tap go together."""
+    groups = torch.zeros(channels // block * 9, dtype=torch.bool)
+    groups[torch.randperm(len(groups))[: round(len(groups) * SHARE)]] = True
+    return groups.view(-1, 9).repeat_interleave(block, 0).flatten()
+
+
+def fewer_channels(network: nn.Module, example: Tensor, flop_ratio: float, *, multiple: int = 1) -> nn.Module:
+    """Random channels gone, the same share of each layer's, widths in multiples; samplers where inputs are shared."""
+    masked, generator = copy.deepcopy(network), torch.Generator().manual_seed(0)
+    for name, width in cp.widths(network, example, flop_ratio, multiple=multiple).items():
+        weight = convolutions(masked)[name].weight.data
+        weight[:, torch.randperm(weight.shape[1], generator=generator)[width:]] = 0
+    return compact(masked, columns=False)
+
+
+def fewer_columns(network: nn.Module, example: Tensor, flop_ratio: float, *, kind: str = "column") -> nn.Module:
+    """Random groups gone, the same share of each layer's."""
+    plan, generator = make_plan(network, example, flop_ratio=flop_ratio, kind=kind), torch.Generator().manual_seed(0)
+    masked = copy.deepcopy(network)
+    for name, target in plan.targets.items():
+        gone = torch.zeros(plan.groups.sizes[name], dtype=torch.bool)
+        gone[torch.randperm(len(gone), generator=generator)[:target]] = True
+        weight = convolutions(masked)[name].weight.data
+        column = plan.groups.columns[name] - plan.groups.slices[name].start  # group of each column
+        weight.masked_fill_(gone[plan.groups.spread(column, weight).long()], 0)
+    return compact(masked)
+
+
+class Narrow(torchvision.models.ResNet):
+    """ResNet-50 with all its widths scaled, the residual stream's too."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        super().__init__(torchvision.models.resnet.Bottleneck, [3, 4, 6, 3])
+        self.fc = nn.Linear(self.inplanes, 1000)
+
+    def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        return super()._make_layer(block, round(planes * self.scale / 8) * 8, blocks, stride, dilate)
+
+
+def networks(machine: Machine, *, images: Tensor) -> dict[str, dict[str, nn.Module]]:
+    """Dense networks and what is left of them, by architecture, the dense one first."""
+    example, shrink = images[:1], machine.sizes.shrink
+    vgg = vgg16(shrink=shrink)
+    found: dict[str, nn.Module] = {"dense": vgg}
+    found |= {f"channels in {m}s" if m > 1 else "channels": fewer_channels(vgg, example, RATIO, multiple=m)
+              for m in (1, 8, 16, 32) if m * shrink <= 32}  # fmt: skip
+    found["columns"] = fewer_columns(vgg, example, RATIO)
+    torch.manual_seed(0)
+    for name, method in FACTORISATIONS.items():
+        found[name] = factorise(vgg, images, method=method, flop_ratio=RATIO, points=50)[0]
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet50() if shrink == 1 else torchvision.models.resnet18()
+    small = {"dense": resnet.eval(), "channels": fewer_channels(resnet, example, RESNET_RATIO)}
+    if shrink == 1:
+        small["channels in 8s"] = fewer_channels(resnet, example, RESNET_RATIO, multiple=8)
+        small["stream too"] = Narrow(RESNET_RATIO**-0.5).eval()
+    return {"VGG-16": found, type(resnet).__name__ + ("-50" if shrink == 1 else "-18"): small}
+
+
+def whole(machine: Machine) -> pd.DataFrame:
+    """Every network at every batch size, with its FLOP ratio."""
+    images, parts = random_images(8, machine.sizes.pixels, seed=0), []
+    for name, found in networks(machine, images=images).items():
+        dense = next(iter(found.values()))
+        ratios = {kind: cost.flop_ratio(dense, each, images[:1]) for kind, each in found.items()}
+        for batch in machine.sizes.batches:
+            example = random_images(batch, machine.sizes.pixels, seed=1).to(machine.device)
+            table = machine.table(found, example).assign(architecture=name)
+            parts.append(table.assign(flop_ratio=table["network"].map(ratios).fillna(1.0)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_width(machine: Machine) -> pd.DataFrame:
+    """One layer as wide as conv4_1 with fewer and fewer filters: where a library has steps."""
+    c = n = 256 // machine.sizes.shrink
+    pixels = 28 * machine.sizes.pixels // 224
+    x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device)
+    wide = range(max(n // 64, 1) * 2, n + 1, max(n // 64, 1) * (2 if machine.gpu else 1))
+    ready = {str(w): fast.optimise(nn.Sequential(nn.Conv2d(c, w, 3, padding=1)), x, dtype=machine.dtype,
+                                   channels_last=machine.gpu, capture=machine.gpu) for w in wide}  # fmt: skip
+    table = measure(ready, x, rounds=machine.sizes.rounds).rename_axis("filters").reset_index()
+    return table.assign(filters=table["filters"].astype(int), inputs=c, pixels=pixels)
+
+
+def goals(single: pd.DataFrame, nets: pd.DataFrame, machine: Machine) -> pd.DataFrame:
+    """What is wanted of full sizes, and what came out: times the dense one's speed."""
+    layer = single.set_index(["layer", "kind"])["times"]
+    batch = 64 if machine.gpu else 1
+    net = nets[nets["batch"] == batch].set_index(["architecture", "network"])["times"]
+    wanted = [(f"{name}, a quarter of the columns", layer[name, "columns"], limit)
+              for name, limit in (("conv3_2", 1.4), ("conv4_2", 1.8), ("conv5_2", 1.8))]  # fmt: skip
+    if not machine.gpu:
+        wanted = [(f"{name}, a quarter of the columns", layer[name, "columns"], 2.0) for name in LAYERS]
+    wanted.append(("VGG-16 at 4, channels", net["VGG-16", "channels"], 3.0))
+    if machine.gpu:
+        wanted += [(f"{name}, a quarter in blocks of 16", layer[name, "blocks of 16"], 2.5)
+                   for name in ("conv4_2", "conv5_2")]  # fmt: skip
+        wanted += [("VGG-16 at 4, columns", net["VGG-16", "columns"], 1.5)]
+        wanted += [("ResNet-50 at 2, channels and samplers", net["ResNet-50", "channels"], 1.3)]
+    frame = pd.DataFrame(wanted, columns=["what", "times", "at_least"])
+    return frame.assign(met=frame["times"] >= frame["at_least"])
+
+
+def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """`python -m sppkit bench speed`: prints tables and appends a record to data/runs, of --quick to build/."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; recorded in build/")
+    parser.add_argument("--revision", help="recorded as the source's revision; git is asked otherwise")
+    options = parser.parse_args(arguments)
+    device = resolve_device(options.device)
+    sizes = QUICK if options.quick else FULL[device.type]
+    machine = Machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32, sizes)
+    about: dict[str, Any] = {"schema": 1, "experiment": "bench-speed", "device": device_name(device)}
+    about |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about |= {"torchvision": torchvision.__version__, "python": platform.python_version()}
+    about |= {
+        "revision": options.revision or revision(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    about |= {"precision": str(machine.dtype).removeprefix("torch."), "mode": "captured" if machine.gpu else "eager"}
+    print(", ".join(f"{name} {value}" for name, value in about.items() if name not in ("schema", "experiment")))
+    limits = ceilings(machine)
+    print(", ".join(f"{name} {value:.3g}/s" for name, value in limits.items()))
+    frames = {"layers": layers(machine, limits)}
+    _show(frames["layers"].drop(columns=["threads", "device"]))
+    frames["networks"] = whole(machine)
+    _show(frames["networks"].drop(columns=["threads", "device"]))
+    frames["widths"] = by_width(machine)
+    if not options.quick:
+        frames["goals"] = goals(frames["layers"], frames["networks"], machine)
+        _show(frames["goals"])
+    record = about | {"sizes": asdict(sizes), "ceilings": limits}
+    record |= {name: frame.to_dict("records") for name, frame in frames.items()}
+    folder = options.root / ("build" if options.quick else "data/runs")
+    append_line(folder / "bench-speed.jsonl", json.dumps(record))
