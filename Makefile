@@ -71,7 +71,7 @@ $(READY): pyproject.toml
 	        echo 'No virtual environment could be made (Debian and Ubuntu: apt install python3-venv)'; exit 1; }; \
 	fi
 	$(PY) -m pip install --quiet 'uv>=0.5,<1'
-	$(PY) -m uv pip install --quiet --python $(PY) -e '.[notebooks,dev,export]'
+	$(PY) -m uv pip install --quiet --python $(PY) -e '.[notebooks,dev,export,race]'
 	@touch $(READY)
 
 .PHONY: help reproduce test lab figures notebooks clean distclean

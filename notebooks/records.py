@@ -26,6 +26,7 @@ TITLES = {
     "cp": "CP",
     "fp": "FP (L1)",
     "scratch": "CP's widths from scratch",
+    "depgraph": "torch-pruning (DepGraph)",
     "jaderberg": "Jaderberg",
     "asym": "Asym.",
     "asym3d": "Asym. 3D",
@@ -34,7 +35,7 @@ TITLES = {
     "draws": "one layer, drawn anew",
 }
 KINDS = {"cp": ", channels", "fp": ", filters"}  # those of the methods that have no choice of groups, if any
-KINDS |= dict.fromkeys(("scratch", "jaderberg", "asym", "asym3d", "3c", "layer", "draws"), "")
+KINDS |= dict.fromkeys(("scratch", "depgraph", "jaderberg", "asym", "asym3d", "3c", "layer", "draws"), "")
 
 
 def read(name: str, root: Path | None = None) -> pd.DataFrame:

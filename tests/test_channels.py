@@ -144,6 +144,18 @@ def test_filters_go_by_their_norms_and_the_others_are_as_they_were(digits: Image
         channels.smaller(networks.resnet(8), digits, plan)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torch_pruning_reaches_the_ratio_and_takes_the_shortcut_too(digits: ImageData) -> None:
+    network, plan = networks.resnet(8, shortcut="projection").eval(), replace(SMALL, method="depgraph", flop_ratio=2)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    small, bare, _ = channels.smaller(network, digits, plan)
+    assert bare is None
+    assert flop_ratio(network, small, EXAMPLE[:, :, :8, :8]) == pytest.approx(2, rel=0.05)
+    widths = [conv.out_channels for conv in convolutions(small).values()]
+    assert len({*widths[:3:2]}) == 1, "what a sum adds is as wide on both sides"
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
 def test_from_scratch_has_the_widths_and_none_of_the_weights(digits: ImageData) -> None:
     network = networks.create("convnet")
     plan = replace(SMALL, flop_ratio=4)

@@ -8,6 +8,7 @@ jaderberg  kernels of height 1 and width 1                                      
 asym       fewer filters and a mix of them                                                     `factorise`, "channel"
 asym3d     both                                                                                `factorise`, "3d"
 3c         both, and channels pruned                                                           `factorise`, "3c"
+depgraph   what depends on each other goes together, shortcuts too, by group norms             torch-pruning, 2301.12900
 
 FP has no refit, as in the paper it comes from; CP's tables give it after fine-tuning only. A factorised network has its
 BatchNorms folded unless the plan says `norms`, and then needs a smaller learning rate.
@@ -37,6 +38,7 @@ from sppkit.graph import fold, sites
 
 FACTORISATIONS = {"jaderberg": "spatial", "asym": "channel", "asym3d": "3d", "3c": "3c"}
 CURVES: dict[str, dict[str, sensitivity.Curve]] = {}  # by network: several runs share them
+STEPS = 400  # of torch-pruning
 Smaller = tuple[nn.Module, nn.Module | None, dict[str, Any]]  # network, the same before the refit, notes
 
 
@@ -108,6 +110,8 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
             settings = {name: getattr(plan, name) for name in ("ridge", "norms", "points", "seed")}
             thin, table = factorise(network, images, **how, **settings)
             return thin, None, {"layers": table.to_dict("records")}
+        if plan.method == "depgraph":
+            return depgraph(network, images, plan.flop_ratio), None, {"layers": []}
         keep = widths(fold(network)[0], images, plan)
         if plan.method == "cp":
             settings = {
@@ -132,6 +136,28 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
             thin = compact(without(network, chosen), images[:64], columns=False)
         layers = [{"layer": name, "channels": _inputs(network, name), "kept": width} for name, width in keep.items()]
         return thin, None, {"layers": layers}
+
+
+def depgraph(network: nn.Module, images: Tensor, flop_ratio: float) -> nn.Module:
+    """What the package torch-pruning leaves of a network: its default importance, over all layers, in small steps.
+
+    As in its own CIFAR-10 benchmark: steps of a 400th until the ratio is reached, the classifier's outputs kept.
+    ImportError without the package.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError("method='depgraph' needs torch-pruning: pip install -e '.[race]'") from error
+    small, example = copy.deepcopy(network).eval(), images[:1]
+    last = [module for module in small.modules() if isinstance(module, nn.Linear)][-1]
+    importance, wanted = torch_pruning.importance.GroupMagnitudeImportance(p=2), flop_ratio * (1 - 1e-9)
+    settings: dict[str, Any] = {"iterative_steps": STEPS, "pruning_ratio": 1.0, "global_pruning": True}
+    pruner = torch_pruning.pruner.BasePruner(small, example, importance, ignored_layers=[last], **settings)
+    for _ in range(STEPS):
+        if cost.flop_ratio(network, small, example) >= wanted:
+            return small
+        pruner.step()
+    raise ValueError(f"flop_ratio={flop_ratio} is out of reach of torch-pruning here")
 
 
 def _inputs(network: nn.Module, layer: str) -> int:

@@ -16,7 +16,7 @@ from training.data import project_root
 from sppkit import methods, plan
 
 # Of channels, see `channels`; the last four are factorisations
-CHANNELS = ("cp", "fp", "scratch", "jaderberg", "asym", "asym3d", "3c")
+CHANNELS = ("cp", "fp", "scratch", "depgraph", "jaderberg", "asym", "asym3d", "3c")
 SINGLE = ("layer", "draws")  # of one layer, without training, see `single`
 METHODS = ("baseline", "cp", *methods.METHODS, *CHANNELS[1:], *SINGLE)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
