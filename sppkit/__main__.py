@@ -1,4 +1,4 @@
-"""The command line: `python -m sppkit check | data | run | bench | figures | report`."""
+"""The command line: `python -m sppkit check | data | prune | run | bench | figures | report`."""
 
 import argparse
 import importlib
@@ -9,6 +9,7 @@ from pathlib import Path
 COMMANDS = {
     "check": ("OK or FAIL for every requirement, then the device and the data sets found", "check", "check"),
     "data": ("load a data set, downloading it first if asked, and describe it", "check", "describe"),
+    "prune": ("prune a classifier of torchvision on a folder of images, resumable", "prune", "main"),
     "run": ("run experiments, resumable, skipping what is recorded", "driver", "main"),
     "bench": ("training speed: eager, captured, pruning; `bench channels`: that of channel pruning", "bench", "main"),
     "figures": ("draw the figures whose records changed", "draw", "main"),
