@@ -14,11 +14,12 @@ import platform
 import shutil
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import sensitivity
 import torch
 import torchvision
 from torch import nn
@@ -51,6 +52,7 @@ class Job:
     lr: float = 0.01
     batch_size: int = 64
     images: int = 1_000
+    rule: str = "uniform"
     ridge: float = 0.01
     new_head: bool = False
     seed: int = 0
@@ -71,6 +73,7 @@ HELP = {
     "retrain_steps": "training steps after pruning",
     "lr": "learning rate at the start, falling to 0 by a cosine",
     "images": "training images that CP looks at",
+    "rule": "of CP's widths: uniform, or error, the same in every layer (ahead on CIFAR-10; wants thousands of images)",
     "ridge": "of CP's refit, towards the weights as they were",
     "new_head": "a fresh last layer, for the classes of the folder",
 }
@@ -90,8 +93,9 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
             )
         else:
             kind = float if field.name == "flop_ratio" else str
-            choices = ("spp", "cp") if field.name == "method" else None
-            parser.add_argument(name, type=kind, required=True, choices=choices, help=text)
+            choices = {"method": ("spp", "cp"), "rule": ("uniform", "error")}.get(field.name)
+            default = None if field.default is MISSING else field.default
+            parser.add_argument(name, type=kind, required=default is None, default=default, choices=choices, help=text)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the results; the same command goes on there"
     )
@@ -202,9 +206,8 @@ def announce(job: Job, dense: nn.Module, images: ImageData, out: Path) -> None:
         plan = make_plan(dense, example, flop_ratio=job.flop_ratio)
         say(f"plan: {sum(plan.targets.values()):,} of {plan.groups.count:,} columns go, FLOP ratio {plan.reached:.2f}")
     else:
-        folded = fold(dense)[0]
-        widths = cp.widths(folded, example, job.flop_ratio)
-        say(f"plan: channels of {len(widths)} convolutions, FLOP ratio {job.flop_ratio:g} or as near as can be")
+        count = len(cp.widths(fold(dense)[0], example, job.flop_ratio))  # or an error that says how far it can go
+        say(f"plan: channels of {count} convolutions, FLOP ratio {job.flop_ratio:g} or as near as can be")
     steps = job.retrain_steps + (job.steps if job.method == "spp" else 0)
     if len(images.train) < job.batch_size:
         raise ValueError(f"--batch-size {job.batch_size} is above the {len(images.train)} training images")
@@ -232,7 +235,7 @@ def by_channels(job: Job, dense: nn.Module, images: ImageData, work: Path) -> tu
         generator = torch.Generator().manual_seed(job.seed)
         drawn = torch.randperm(len(images.train), generator=generator)[: job.images].to(images.train.images.device)
         few = Normalise.of(images.train, "channel")(images.train.images[drawn])
-        small, table = cp.channel_prune(dense, few, flop_ratio=job.flop_ratio, ridge=job.ridge, seed=job.seed)
+        small, table = cp.channel_prune(dense, few, keep=widths(job, dense, few), ridge=job.ridge, seed=job.seed)
         say(table[["layer", "channels", "kept", "error_before", "error"]].round(3).to_string(index=False))
         portable.save(small, done)
     # from the file in any case, so that a run that goes on is the same
@@ -241,6 +244,14 @@ def by_channels(job: Job, dense: nn.Module, images: ImageData, work: Path) -> tu
     say(f"pruned: {between:.2f} %")
     fit(small, images, job.training(job.retrain_steps, 1), checkpoint=work / "stages" / "retrain.safetensors")
     return small, between
+
+
+def widths(job: Job, dense: nn.Module, few: torch.Tensor) -> dict[str, int]:
+    """Input channels that stay in each convolution."""
+    folded = fold(dense)[0]
+    if job.rule == "uniform":
+        return cp.widths(folded, few[:1], job.flop_ratio)
+    return sensitivity.equal_error(folded, few[:1], sensitivity.curves(folded, few, seed=job.seed), job.flop_ratio)
 
 
 def by_columns(job: Job, dense: nn.Module, images: ImageData, work: Path) -> tuple[nn.Module, float]:

@@ -147,6 +147,18 @@ def test_a_run_that_was_stopped_ends_with_the_same_network(
     assert not (tmp_path / "parts" / "network.safetensors").exists(), "a job that is done was run again"
 
 
+def test_equal_errors_are_a_plan_of_their_own(job: Job, folder: Path) -> None:
+    images = load(folder, size=32)
+    network, few = prune.network_of(job, 3), prune.prepared(images, 24)
+    network[3].weight.data[12:] = network[3].weight.data[:12]  # half of the filters repeat others
+    uniform, equal = (
+        prune.widths(with_(job, rule=rule, flop_ratio=2.0), network, few) for rule in ("uniform", "error")
+    )
+    assert [*uniform] == [*equal] == ["3", "6"]
+    assert equal["6"] <= 13 < uniform["6"]
+    assert equal["3"] > uniform["3"]
+
+
 def test_weights_of_a_file_are_taken_and_a_new_head_only_if_asked(job: Job, tmp_path: Path) -> None:
     torch.manual_seed(3)
     theirs, path = torchvision.models.resnet18(num_classes=5), tmp_path / "five.safetensors"
