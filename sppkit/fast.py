@@ -34,7 +34,7 @@ def optimise(
 
     dtype, channels_last: of weights and inputs; a call takes float32 images in any layout.
     engine: of column convolutions; "measured" takes what is faster in the median of `rounds`, layer by layer.
-    capture: as one CUDA graph, for batches of the shape of `example` only.
+    capture: as one CUDA graph, for batches of the shape of `example` only; a call overwrites the last one's output.
     Raises ValueError for an engine, precision or device that cannot be, RuntimeError if outputs differ too much.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -58,7 +58,8 @@ def optimise(
         if capture:
             result.capture(example)
         difference = float((result(example) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not difference <= TOLERANCE[dtype]:
+    rounded = example.is_cuda and torch.backends.cudnn.allow_tf32 and dtype == torch.float32  # to TF32's ten bits
+    if not difference <= (0.01 if rounded else TOLERANCE[dtype]):
         raise RuntimeError(f"outputs in {dtype} differ by {difference:.1e} of the largest; keep a higher precision")
     return result
 
