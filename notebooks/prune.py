@@ -1,10 +1,14 @@
-"""A classifier of torchvision and a folder of images in, a smaller network out: what notebook 12 does, from the shell.
+"""A classifier of torchvision and a folder of images in, a smaller network out: what notebook 12 does, as a command.
 
-Stages: plan, prune, retrain, write. What is done is kept in OUT/work: the same command goes on after a kill, and ends
-on a CPU with the same network, bit for bit, as if it had not been stopped.
+    in the folder --out    what it holds
+    network.safetensors    the smaller network (`portable`), which reads images as --mean and --std prepare them
+    network.onnx           the same
+    summary.json           settings, versions, and numbers as they become known; "milliseconds" comes last
+    work/                  checkpoints and the networks between stages, removed at the end
+
+A stage begins with the file that the one before it wrote. So the same command goes on after a kill, and on a CPU it
+ends bit for bit as if there had been none.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -12,309 +16,472 @@ import hashlib
 import json
 import platform
 import shutil
+import tempfile
 import time
 import warnings
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import sensitivity
 import torch
 import torchvision
-from torch import nn
-from training import Normalise, Training, evaluate, fit, renew_statistics
-from training.data import ImageData, device_name, load, resolve_device
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights, list_models
+from tqdm import tqdm
+from training import Normalise, Training, evaluate, renew_statistics, stepwise
+from training.data import ImageData, Split, device_name, load, resolve_device
 
-from sppkit import __version__, cost, cp, portable, state
-from sppkit.compact import compact
+from sppkit import __version__, cost, cp, portable, spp, state
+from sppkit.compact import compact, convolutions
 from sppkit.graph import fold
-from sppkit.plan import make_plan
+from sppkit.plan import Plan, make_plan
 from sppkit.pruner import Pruner
-from sppkit.timing import measure
+from sppkit.timing import masked, measure
 
-UPDATES = 200  # of SPP's probabilities in the steps given; most plans are reached earlier
-TRIED = 5  # training steps that are timed before the start
+EVERY = 30.0  # seconds between two lines of progress
+PART = 250  # images evaluated at once, and for a line of progress
+TRIED = 3  # training steps that are timed before the start
+Value = TypeVar("Value")
+
+
+def option(text: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the result; kept in OUT/work, and compared when a run goes on."""
+    """What decides the result: options of the command, of which a folder --out has one set."""
 
-    model: str
-    weights: str
-    data: str
-    method: str
-    flop_ratio: float
-    image_size: int = 224
-    steps: int = 20_000
-    retrain_steps: int = 10_000
-    lr: float = 0.01
-    batch_size: int = 64
-    images: int = 1_000
-    rule: str = "uniform"
-    ridge: float = 0.01
-    new_head: bool = False
-    seed: int = 0
+    model: str = option("a classifier of torchvision.models, such as resnet50")
+    weights: str = option("a .safetensors file of its state dict, or a name such as DEFAULT, fetched by torchvision")
+    data: str = option("folder of images: train/ and val/ with a folder a class, or class folders alone")
+    method: str = option("spp: columns, while it trains; cp: channels, from a sample of images")
+    flop_ratio: float = option("convolution multiply-accumulates, dense over pruned; 2 is half of them")
+    steps: int = option("training steps of SPP at most: it ends when the plan is reached", 20_000)
+    interval: int = option("steps between two updates of SPP; 0: as many as let the plan be reached", 0)
+    images: int = option("training images that CP looks at", 1_000)
+    rule: str = option("of CP's widths: uniform, or error, the same in every layer (ahead on CIFAR-10)", "uniform")
+    ridge: float = option("of CP's refit towards the weights as they were, see notebook 12", 0.01)
+    retrain_steps: int = option("training steps after pruning", 10_000)
+    lr: float = option("learning rate of SPP; after pruning it falls from there to 0", 0.01)
+    batch_size: int = option("images of a training step", 64)
+    image_size: int = option("pixels of a side", 224)
+    mean: str = option("what the weights were trained with, of red, green and blue in 0..1", "0.485,0.456,0.406")
+    std: str = option("the same", "0.229,0.224,0.225")
+    new_head: bool = option("draw the layer of the classes anew, and train --retrain-steps before pruning", False)
+    seed: int = option("of batches, masks, samples and a new head", 0)
 
-    def training(self, steps: int, seed: int) -> Training:
-        rates: dict[str, Any] = {"lr": self.lr, "weight_decay": 1e-4, "schedule": "cosine", "flip": True}
-        return Training(steps=steps, batch_size=self.batch_size, seed=self.seed + seed, **rates)
+    def __post_init__(self) -> None:
+        for name, choices in (("method", ("spp", "cp")), ("rule", ("uniform", "error"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)!r} must be {' or '.join(choices)}")
+        if not 1 < self.flop_ratio < float("inf"):
+            raise ValueError(f"--flop-ratio {self.flop_ratio:g} must be above 1; 2 is half the multiply-accumulates")
+        for name in ("steps", "images", "retrain_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        self.normalise("cpu")
+
+    def training(self, steps: int, stage: int, schedule: str = "cosine") -> Training:
+        """Settings of a stage; images come without the mean image, and `Ready` undoes that."""
+        how: dict[str, Any] = {"weight_decay": 1e-4, "precision": "tf32", "normalise": "mean_image"}
+        seed = 10 * self.seed + stage
+        return Training(steps, batch_size=self.batch_size, lr=self.lr, schedule=schedule, seed=seed, **how)
+
+    def normalise(self, device: torch.device | str) -> Normalise:
+        """Images (B, H, W, 3) uint8 as the weights want them."""
+        try:
+            mean, std = ([float(part) for part in text.split(",")] for text in (self.mean, self.std))
+            assert len(mean) == len(std) == 3
+            assert min(std) > 0
+        except (ValueError, AssertionError) as error:
+            wanted = "three numbers with commas between them, those of std positive"
+            raise ValueError(f"--mean {self.mean!r} --std {self.std!r} must each be {wanted}") from error
+        return Normalise(*(torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (mean, std)))
 
 
-HELP = {
-    "model": "a classifier of torchvision.models, such as resnet50",
-    "weights": "a .safetensors file, a name such as IMAGENET1K_V2 (fetched by torchvision), or none: random",
-    "data": "folder of images: train/ and val/ with a folder a class, or class folders alone",
-    "method": "spp: columns, while it trains; cp: channels, at once",
-    "flop_ratio": "convolution multiply-accumulates, dense over pruned",
-    "image_size": "pixels of a side",
-    "steps": "training steps in which SPP prunes",
-    "retrain_steps": "training steps after pruning",
-    "lr": "learning rate at the start, falling to 0 by a cosine",
-    "images": "training images that CP looks at",
-    "rule": "of CP's widths: uniform, or error, the same in every layer (ahead on CIFAR-10; wants thousands of images)",
-    "ridge": "of CP's refit, towards the weights as they were",
-    "new_head": "a fresh last layer, for the classes of the folder",
-}
+class Ready(nn.Module):
+    """A network behind the batches of `training`, images of `split` less their mean image, which it prepares anew."""
+
+    shift: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, split: Split, job: Job) -> None:
+        super().__init__()
+        given, wanted = Normalise.of(split, "mean_image"), job.normalise(split.images.device)
+        self.register_buffer("shift", (given.mean - wanted.mean) / wanted.std, persistent=False)  # (3, H, W)
+        self.register_buffer("std", wanted.std, persistent=False)
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x / self.std + self.shift)
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     """`python -m sppkit prune`."""
-    for field in fields(Job):
-        name, text = f"--{field.name.replace('_', '-')}", HELP.get(field.name)
-        if field.name == "data":
-            continue  # of every command
-        if isinstance(field.default, bool):
-            parser.add_argument(name, action="store_true", help=text)
-        elif isinstance(field.default, int | float):
-            parser.add_argument(
-                name, type=type(field.default), default=field.default, help=f"{text or ''} ({field.default})"
-            )
-        else:
-            kind = float if field.name == "flop_ratio" else str
-            choices = {"method": ("spp", "cp"), "rule": ("uniform", "error")}.get(field.name)
-            default = None if field.default is MISSING else field.default
-            parser.add_argument(name, type=kind, required=default is None, default=default, choices=choices, help=text)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the results; the same command goes on there"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dry-run", action="store_true", help="say what it costs and stop")
-    options = parser.parse_args(arguments)
-    if options.data is None:
-        raise ValueError(f"--data is missing: {HELP['data']}")
-    given = {field.name: getattr(options, field.name) for field in fields(Job)} | {"data": str(options.data)}
-    prune(Job(**given), options.out, device=resolve_device(options.device), dry=options.dry_run)
+    job, options = _parsed(parser, arguments)
+    device = resolve_device(options.device)
+    images = load(job.data, root=options.root / "data", size=job.image_size, device=device)
+    path = Path(job.weights)
+    made = asdict(job) | {"weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""}
+    made |= {"device": str(device), "training_images": len(images.train), "validation_images": len(images.test)}
+    record = taken_up(options.out, made | {"classes": list(images.classes)})
+    if "milliseconds" in record:
+        say(f"{options.out / 'summary.json'} is of this run, which is finished")
+        return 0
+    dense = dense_network(job, images).to(device)
+    announce(job, dense, images, options.out)
+    if not options.dry_run:
+        run(job, dense, images, options.out, record)
     return 0
 
 
-def prune(job: Job, out: Path, *, device: torch.device, dry: bool = False) -> dict[str, Any] | None:
-    """Run a job to its end, or go on with it, and return the summary; None if dry."""
-    if not job.flop_ratio > 1:
-        raise ValueError(f"--flop-ratio {job.flop_ratio} must be above 1; 2 means half the multiply-accumulates")
-    images = load(job.data, size=job.image_size, device=device)
-    dense = network_of(job, len(images.classes)).to(device)
-    announce(job, dense, images, out)
-    if dry:
-        return None
-    claim(job, out)
-    if (out / "summary.json").exists():
-        say(f"{out} is done already; its summary.json has the numbers")
-        return dict(json.loads((out / "summary.json").read_text()))
-    work = out / "work"
-    accuracy = {"dense": evaluate(dense, images, job.training(1, 0))}
-    say(f"dense: {accuracy['dense']:.2f} % of {len(images.test):,} validation images")
-    small, accuracy["pruned"] = (by_channels if job.method == "cp" else by_columns)(job, dense, images, work)
-    accuracy["retrained"] = evaluate(small, images, job.training(1, 0))
-    summary = write(job, dense, small, images, accuracy, out)
-    shutil.rmtree(work / "stages", ignore_errors=True)
-    return summary
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[Job, argparse.Namespace]:
+    for each in fields(Job):
+        name, text, needed = each.name.replace("_", "-"), each.metadata["help"], each.default is MISSING
+        if each.type is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        elif name != "data":  # which every command has
+            text = text if needed else f"{text} (default: {each.default})"
+            default = None if needed else each.default
+            parser.add_argument(f"--{name}", type=each.type, required=needed, default=default, help=text)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results; the same command goes on there")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dry-run", action="store_true", help="say what it will do and take, and stop")
+    options = parser.parse_args(arguments)
+    if options.data is None:
+        raise ValueError("--data is missing: give a folder of images, train/ and val/ with a folder a class")
+    given = {each.name: getattr(options, each.name) for each in fields(Job)}
+    return Job(**given | {"data": str(options.data)}), options
 
 
-def claim(job: Job, out: Path) -> None:
-    """Make the folder this job's; ValueError if it is another's."""
-    path, settings = out / "work" / "settings.json", asdict(job) | {"weights_sha256": digest(job.weights)}
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        if other := [name for name in settings if theirs.get(name) != settings[name]]:
-            was, now = theirs.get(other[0]), settings[other[0]]
-            raise ValueError(f"{str(out)!r} is of a run with {other[0]}={was!r}, not {now!r}; give another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{str(out)!r} holds other files; give a folder that is empty or new as --out")
-    state.write_bytes(path, json.dumps(settings, indent=1).encode())
-
-
-def digest(weights: str) -> str | None:
-    return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if Path(weights).is_file() else None
-
-
-def network_of(job: Job, classes: int) -> nn.Module:
-    """The network with its weights. ValueError for what cannot be had. No pickle is read but torchvision's own."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if job.model not in known:
-        near = [name for name in known if name[:3] == job.model[:3]] or known[:5]
-        raise ValueError(f"--model {job.model!r} is no classifier of torchvision.models; near it are {', '.join(near)}")
-    path, torch_seed = Path(job.weights), torch.random.get_rng_state()
-    torch.manual_seed(job.seed)
+def taken_up(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The summary so far of a run with these settings; ValueError for a folder of another, or of something else."""
+    path = out / "summary.json"
     try:
-        if path.suffix in (".pt", ".pth", ".bin", ".pkl"):
-            way = "safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'weights.safetensors')"
-            raise ValueError(f"--weights {job.weights!r} may be a pickle, which is never read; write it anew: {way}")
-        if path.suffix == ".safetensors":
-            network = torchvision.models.get_model(job.model, num_classes=_classes(path, classes))
-            network.load_state_dict(safetensors.torch.load_file(path))
-        elif job.weights == "none":
-            network = torchvision.models.get_model(job.model, num_classes=classes)
-        else:
-            network = torchvision.models.get_model(job.model, weights=job.weights)
-    except (OSError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-        raise ValueError(f"--weights {job.weights!r} cannot be read into {job.model!r}: {error}") from error
-    finally:
-        rest = torch.random.get_rng_state()
-        torch.random.set_rng_state(torch_seed)
-    heads = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not heads:
-        raise ValueError(f"--model {job.model!r} does not end in a linear layer, so its classes cannot be told")
-    name, head = heads[-1]
-    if head.out_features != classes:
-        if not job.new_head:
-            found = f"{head.out_features} classes and the folder {classes}"
-            raise ValueError(f"--weights {job.weights!r} has {found}; --new-head starts the last layer anew")
-        torch.random.set_rng_state(rest)
-        network.set_submodule(name, nn.Linear(head.in_features, classes))
-        torch.random.set_rng_state(torch_seed)
+        record = json.loads(path.read_bytes()) if path.exists() else {"settings": settings}
+        found = record["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is not the summary of a run ({error!r}); give another --out") from error
+    if not path.exists() and out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {str(out)!r} holds other files; give an empty or a new folder")
+    for name, now in settings.items():
+        if found.get(name) != now:
+            was = f"{name}={found.get(name)!r}, here it is {now!r}"
+            raise ValueError(f"--out {str(out)!r} is of a run with {was}; give the same, or another --out")
+    return record
+
+
+def dense_network(job: Job, images: ImageData) -> nn.Module:
+    """The network with its weights, for the classes of the folder; ValueError for what does not fit."""
+    known, classes = list_models(module=torchvision.models), len(images.classes)
+    if job.model not in known:
+        raise ValueError(f"--model {job.model!r} is not in torchvision.models; it has {', '.join(known)}")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of how GoogLeNet's and Inception's weights are drawn
+        torch.manual_seed(job.seed)
+        network = get_model(job.model, num_classes=classes).eval()
+        with torch.device("meta"):
+            other = get_model(job.model, num_classes=classes + 1).state_dict()
+    own, tensors = network.state_dict(), _weights(job)
+    head = [name for name, tensor in own.items() if tensor.shape != other[name].shape]
+    if job.new_head:
+        tensors |= {name: own[name] for name in head}
+    elif trained_for := {len(tensors[name]) for name in head if name in tensors} - {classes}:
+        found = f"for {trained_for.pop()} classes, --data {job.data!r} has {classes}"
+        raise ValueError(f"--weights {job.weights!r} is {found}; --new-head draws that layer anew and trains it")
+    theirs, ours = ({k: tuple(t.shape) for k, t in each.items()} for each in (tensors, own))
+    differ = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and not k.endswith("num_batches_tracked")]
+    if differ:
+        shapes = f"{theirs.get(differ[0], 'absent')} there, {ours.get(differ[0], 'absent')} in {job.model}"
+        raise ValueError(f"--weights {job.weights!r}: {differ[0]!r} is {shapes} ({len(differ)} names differ)")
+    network.load_state_dict(tensors)
     return network
 
 
-def _classes(path: Path, otherwise: int) -> int:
-    """Rows of the last matrix in a file of weights: the classes of its head."""
+def _weights(job: Job) -> dict[str, Tensor]:
+    """The state dict: of a safetensors file, or by name from torchvision, whose files are checked by their hash."""
+    path, quoted = Path(job.weights), f"--weights {job.weights!r}"
+    names = [*get_model_weights(job.model).__members__]  # aliases such as DEFAULT, too
+    if job.weights in names:
+        try:
+            found = get_model_weights(job.model)[job.weights]
+            return dict(found.get_state_dict(progress=False, check_hash=True, weights_only=True))
+        except (OSError, RuntimeError) as error:
+            ways = "check the network, or give a .safetensors file"
+            raise ValueError(f"{quoted} could not be fetched ({error}); {ways}") from error
     if not path.is_file():
-        raise OSError(f"there is no file {str(path)!r}")
-    with safetensors.safe_open(path, "pt") as file:
-        matrices = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2]  # noqa: SIM118
-        return int(file.get_slice(matrices[-1]).get_shape()[0]) if matrices else otherwise
+        raise ValueError(f"{quoted} is neither a file nor of {', '.join(names)}, which {job.model} has")
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        # A pickle may run code when it is read. weights_only=True is to prevent it and has had holes, so that reading
+        # one is left to those who know where theirs comes from.
+        way = f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'weights.safetensors')"
+        raise ValueError(f"{quoted} is not a safetensors file ({error}); from a .pth that you trust: {way}") from error
 
 
 def announce(job: Job, dense: nn.Module, images: ImageData, out: Path) -> None:
-    """What is going to happen and about how long it takes, from a few steps of a copy."""
-    example = prepared(images, 1)
+    """Say what will be done and about how long it takes; ValueError for what would fail hours later."""
+    example = job.normalise(images.train.images.device)(images.train.images[:1])  # (1, 3, H, W)
     costs = cost.summary(dense, example)
-    say(f"{job.model}: {costs['conv_macs'] / 1e6:.0f} million MACs in convolutions, {costs['parameters']:,} parameters")
+    if layer := masked(dense):
+        raise ValueError(
+            f"--weights {job.weights!r} are masked already (layer {layer!r}); give those of a whole network"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        portable.save(dense, Path(folder) / "network.safetensors")
+    if getattr(dense, "aux_logits", False):
+        raise ValueError(f"--model {job.model!r} has several outputs while it trains; choose one that has one")
+    say(
+        f"{job.model}: {costs['conv_macs'] / 1e6:,.0f} million MACs in convolutions, {costs['parameters']:,} parameters"
+    )
     say(f"{len(images.train):,} training and {len(images.test):,} validation images, {len(images.classes)} classes")
+    retrain = job.retrain_steps * (1 + job.new_head)
     if job.method == "spp":
         plan = make_plan(dense, example, flop_ratio=job.flop_ratio)
-        say(f"plan: {sum(plan.targets.values()):,} of {plan.groups.count:,} columns go, FLOP ratio {plan.reached:.2f}")
+        interval = interval_of(job, plan)
+        say(f"plan: {sum(plan.targets.values()):,} of {plan.groups.count:,} columns, FLOP ratio {plan.reached:.3f}")
+        say(f"at most {job.steps:,} steps of SPP, an update every {interval}, then {job.retrain_steps:,} of training")
+        each, choice = step_seconds(job, dense, images, spp=True), 0.0
+        seconds = (job.steps + retrain) * each
     else:
-        count = len(cp.widths(fold(dense)[0], example, job.flop_ratio))  # or an error that says how far it can go
-        say(f"plan: channels of {count} convolutions, FLOP ratio {job.flop_ratio:g} or as near as can be")
-    steps = job.retrain_steps + (job.steps if job.method == "spp" else 0)
-    if len(images.train) < job.batch_size:
-        raise ValueError(f"--batch-size {job.batch_size} is above the {len(images.train)} training images")
-    each = max(tried(job, dense, images, 2 * TRIED) - tried(job, dense, images, TRIED), 1e-4) / TRIED
-    say(f"{steps:,} training steps of {each:.2f} s, {steps * each / 60:.0f} minutes on {device_name(example.device)}")
+        widths = cp.widths(fold(dense)[0], example, job.flop_ratio)
+        small = stand_in(dense, widths)
+        say(f"plan: channels of {len(widths)} convolutions, FLOP ratio {cost.flop_ratio(dense, small, example):.3f}")
+        say(f"CP from {min(job.images, len(images.train)):,} images, then {job.retrain_steps:,} steps of training")
+        each, choice = step_seconds(job, small, images), choice_seconds(job, dense, images, widths)
+        seconds = choice + retrain * each
+    if job.new_head:
+        say(f"before that, a new head: {job.retrain_steps:,} steps of training")
+    parts = f"{each:.3g} s a step" + (f", {choice:.0f} s to choose channels" if choice else "")
+    say(f"about {seconds:,.0f} s at most ({parts}) on {device_name(example.device)}")
     say(f"writes {out / 'network.safetensors'}, network.onnx and summary.json")
 
 
-def prepared(images: ImageData, count: int) -> torch.Tensor:
-    """The first training images as the network reads them, (count, 3, H, W)."""
-    return Normalise.of(images.train, "channel")(images.train.images[:count])
+def stand_in(dense: nn.Module, widths: Mapping[str, int]) -> nn.Module:
+    """A network of these widths, whichever channels will go."""
+    network = copy.deepcopy(dense)
+    for name, width in widths.items():
+        convolutions(network)[name].weight.data[:, width:] = 0
+    return compact(network, columns=False)
 
 
-def tried(job: Job, dense: nn.Module, images: ImageData, steps: int) -> float:
-    """Seconds of some training steps of a copy."""
+def step_seconds(job: Job, network: nn.Module, images: ImageData, *, spp: bool = False) -> float:
+    """Seconds of a training step of a copy, after a first one."""
+    network, split = copy.deepcopy(network), images.train
+    example = job.normalise(split.images.device)(split.images[:1])
+    pruner = Pruner(network, make_plan(network, example, flop_ratio=job.flop_ratio)) if spp else None
+    steps = stepwise(Ready(network, split, job), images, job.training(TRIED + 1, 0), pruner=pruner)
+    moments = list[float]()
+    for _ in range(TRIED + 1):
+        next(steps)
+        if split.images.is_cuda:
+            torch.cuda.synchronize(split.images.device)
+        moments.append(time.monotonic())
+    steps.close()
+    return (moments[-1] - moments[0]) / TRIED
+
+
+def choice_seconds(job: Job, dense: nn.Module, images: ImageData, widths: Mapping[str, int]) -> float:
+    """Seconds of CP, from one layer in the middle and few images."""
+    few, layer = sample(job, images, 100), [*widths][len(widths) // 2]
     begin = time.monotonic()
-    fit(copy.deepcopy(dense), images, job.training(steps, 9))
-    return time.monotonic() - begin
+    cp.mask_channels(dense, few, keep={layer: widths[layer]}, ridge=job.ridge)
+    return (time.monotonic() - begin) * len(widths) * min(job.images, len(images.train)) / len(few)
 
 
-def by_channels(job: Job, dense: nn.Module, images: ImageData, work: Path) -> tuple[nn.Module, float]:
-    """CP, then training; and the accuracy between."""
-    done = work / "stages" / "pruned.safetensors"
-    if not done.exists():
-        generator = torch.Generator().manual_seed(job.seed)
-        drawn = torch.randperm(len(images.train), generator=generator)[: job.images].to(images.train.images.device)
-        few = Normalise.of(images.train, "channel")(images.train.images[drawn])
-        small, table = cp.channel_prune(dense, few, keep=widths(job, dense, few), ridge=job.ridge, seed=job.seed)
-        say(table[["layer", "channels", "kept", "error_before", "error"]].round(3).to_string(index=False))
-        portable.save(small, done)
-    # from the file in any case, so that a run that goes on is the same
-    small = portable.load(done).to(images.train.images.device)
-    between = evaluate(small, images, job.training(1, 0))
-    say(f"pruned: {between:.2f} %")
-    fit(small, images, job.training(job.retrain_steps, 1), checkpoint=work / "stages" / "retrain.safetensors")
-    return small, between
+def interval_of(job: Job, plan: Plan) -> int:
+    """Steps between two updates of SPP; ValueError where the steps would not do.
+
+    Where no rank changes, the number of updates is known beforehand; the default leaves half as many again.
+    """
+    longest, inf = max(plan.groups.sizes.values()), float("inf")
+    missing = torch.tensor([longest - size for size in plan.groups.sizes.values()])  # (L,)
+    rank = torch.arange(longest).expand(len(missing), -1) - missing[:, None]  # (L, N), filled up in front
+    p, target = (rank < 0).float(), torch.tensor([*plan.targets.values()]) + missing
+    importance, updates = rank.float().masked_fill(rank < 0, inf), 0
+    while ((p == 1).sum(1) < target).any():
+        p, updates = spp.advance(p, importance, target), updates + 1
+    interval = job.interval or max(1, 2 * job.steps // (3 * updates))
+    if job.interval < 0 or (updates - 1) * interval >= job.steps:
+        needed = f"{updates} updates or so reach it, --steps {(updates - 1) * max(interval, 1) + 1} or more"
+        raise ValueError(f"--steps {job.steps} with --interval {job.interval} are too few for the plan: {needed}")
+    return interval
 
 
-def widths(job: Job, dense: nn.Module, few: torch.Tensor) -> dict[str, int]:
+def run(job: Job, dense: nn.Module, images: ImageData, out: Path, record: dict[str, Any]) -> None:
+    """All stages, of which those that are done are passed over, and the summary."""
+    work, device = out / "work", images.train.images.device
+
+    def known(name: str, find: Callable[[], Value]) -> Value:
+        if name not in record:
+            record[name] = find()
+            state.write_bytes(out / "summary.json", json.dumps(record, indent=1).encode())
+        return record[name]
+
+    def made(path: Path, make: Callable[[], nn.Module]) -> nn.Module:
+        if not path.exists():
+            portable.save(make().eval(), path)
+        return portable.load(path).to(device)
+
+    def accurate(name: str, network: nn.Module) -> None:
+        percent = known(f"accuracy_{name}", lambda: accuracy(job, network, images.test, images))
+        say(f"{name}: {percent:.2f} % of {len(images.test):,} validation images")
+
+    known("versions", lambda: versions() | {"device": device_name(device)})
+    if job.new_head:
+        path = work / "dense.safetensors"
+        if not path.exists():
+            train(job, dense, images, job.training(job.retrain_steps, 0), work / "head.safetensors")
+            state.save_network(dense, path)
+        state.load_network(dense.eval(), path)
+    accurate("dense", dense)
+    prune = by_columns if job.method == "spp" else by_channels
+    small = made(work / "pruned.safetensors", lambda: prune(job, dense, images, work))
+    accurate("pruned", small)
+    small = made(out / "network.safetensors", lambda: retrained(job, small, images, work))
+    accurate("retrained", small)
+    finish(job, dense, small, images, out, known)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def train(
+    job: Job, network: nn.Module, images: ImageData, settings: Training, path: Path, pruner: Pruner | None = None
+) -> None:
+    """Train with checkpoints at `path`, with a line of progress now and then; ends with the pruner, if there is one."""
+    done = state.load(path, kind="training")[1]["step"] if path.exists() else 0
+    few = slice(None, None, -(-len(images.test) // PART))
+    few_images = Split(images.test.images[few], images.test.labels[few])
+    stop = None if pruner is None else lambda: pruner.finished
+    ready = Ready(network.train(), images.train, job)
+    steps, told = stepwise(ready, images, settings, pruner=pruner, stop=stop, checkpoint=path), time.monotonic()
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            history = end.value
+            break
+        except FloatingPointError as error:
+            raise ValueError(f"--lr {job.lr:g} is too much: {error}; give a lower one and another --out") from error
+        done += 1
+        if time.monotonic() - told > EVERY:
+            gone = f", {int(pruner.gone.sum()):,} columns gone" if pruner else ""
+            with pruner.view("sampled") if pruner else nullcontext():
+                percent = accuracy(job, network, few_images, images)
+            say(f"{path.stem}: step {done:,} of {settings.steps:,}{gone}, {percent:.1f} % of {len(few_images)} images")
+            told = time.monotonic()
+    if len(history):
+        last = history.iloc[-1]
+        say(f"{path.stem}: {done:,} steps, loss {last['loss']:.3f}, {last['accuracy']:.1f} % of the training batches")
+
+
+def accuracy(job: Job, network: nn.Module, split: Split, images: ImageData) -> float:
+    """In % of a split, in parts, so that large images do not take much memory."""
+    right = 0
+    for x, y in zip(split.images.split(PART), split.labels.split(PART), strict=True):
+        part = Split(x, y)
+        percent = evaluate(Ready(network, part, job), ImageData("", part, part, images.classes), job.training(1, 0))
+        right += round(percent * len(part) / 100)
+    return 100 * right / len(split)
+
+
+def sample(job: Job, images: ImageData, most: int) -> Tensor:
+    """Some training images, (B, 3, H, W): a folder has them class by class, so they are drawn."""
+    generator = torch.Generator().manual_seed(job.seed)
+    drawn = torch.randperm(len(images.train), generator=generator)[:most].to(images.train.images.device)
+    return job.normalise(drawn.device)(images.train.images[drawn])
+
+
+def by_channels(job: Job, dense: nn.Module, images: ImageData, work: Path) -> nn.Module:
+    """CP, with a line a layer."""
+    number = count(1)
+
+    def told(moments: Any, conv: nn.Conv2d, keep: int, **_: object) -> tuple[Tensor, float, float]:
+        say(f"convolution {next(number)}: {keep} of {conv.in_channels} channels stay")
+        return cp.by_lasso(moments, conv, keep)
+
+    few = sample(job, images, job.images)
+    keep = widths_of(job, dense, few)
+    return cp.channel_prune(dense, few, keep=keep, select=told, ridge=job.ridge, seed=job.seed)[0]
+
+
+def widths_of(job: Job, dense: nn.Module, few: Tensor) -> dict[str, int]:
     """Input channels that stay in each convolution."""
     folded = fold(dense)[0]
     if job.rule == "uniform":
         return cp.widths(folded, few[:1], job.flop_ratio)
-    return sensitivity.equal_error(folded, few[:1], sensitivity.curves(folded, few, seed=job.seed), job.flop_ratio)
+    curves = sensitivity.curves(folded, few, seed=job.seed)
+    return sensitivity.equal_error(folded, few[:1], curves, job.flop_ratio)
 
 
-def by_columns(job: Job, dense: nn.Module, images: ImageData, work: Path) -> tuple[nn.Module, float]:
-    """SPP, then training with the masks that are left; and the accuracy between."""
-    network, done, example = copy.deepcopy(dense), work / "stages" / "pruned.safetensors", prepared(images, 8)
-    plan = make_plan(network, example[:1], flop_ratio=job.flop_ratio)
-    pruner = Pruner(network, plan, interval=max(job.steps // UPDATES, 1), seed=job.seed)
-    if not done.exists():
-        settings = job.training(job.steps, 0)
-        fit(
-            network,
-            images,
-            settings,
-            pruner=pruner,
-            stop=lambda: pruner.finished,
-            checkpoint=work / "stages" / "prune.safetensors",
-        )
+def by_columns(job: Job, dense: nn.Module, images: ImageData, work: Path) -> nn.Module:
+    """SPP; with new means and variances for BatchNorms, which have seen masked weights only."""
+    example, path = sample(job, images, 8), work / "masked.safetensors"
+    settings = job.training(job.steps, 1, "step")
+    if not path.exists():
+        network = copy.deepcopy(dense)
+        plan = make_plan(network, example, flop_ratio=job.flop_ratio)
+        pruner = Pruner(network, plan, interval=interval_of(job, plan), seed=job.seed)
+        train(job, network, images, settings, work / "prune.safetensors", pruner)
         if not pruner.finished:
-            left = int((plan.table()["pruned"].sum()) - pruner.gone.sum())
-            raise ValueError(f"--steps {job.steps} were too few: {left:,} columns are left to decide; raise it")
-        renew_statistics(network, images, settings)
-        weights = {f"network/{name}": value for name, value in network.state_dict().items()}
-        state.save(done, weights | pruner.state(), {"kind": "pruned"})
-    tensors, _ = state.load(done, kind="pruned")
-    pruner.load_state(tensors)
-    network.load_state_dict({name: tensors[f"network/{name}"] for name in network.state_dict()})
-    between = evaluate(network, images, job.training(1, 0))
-    say(f"pruned: {between:.2f} %, after {pruner.updates} updates")
-    retrain = job.training(job.retrain_steps, 1)
-    fit(network, images, retrain, pruner=pruner, checkpoint=work / "stages" / "retrain.safetensors")
-    return compact(network, example), between
+            gone = f"{int(pruner.gone.sum()):,} of {sum(plan.targets.values()):,} columns gone"
+            ways = f"give --steps {2 * job.steps} and another --out, or a smaller --interval"
+            raise ValueError(f"--steps {job.steps} were too few: {pruner.updates} updates, {gone}; {ways}")
+        state.save_network(network, path)
+    network = copy.deepcopy(dense)
+    state.load_network(network, path)
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        renew_statistics(Ready(network, images.train, job), images, settings)
+    return compact(network.eval(), example)
 
 
-def write(
-    job: Job, dense: nn.Module, small: nn.Module, images: ImageData, accuracy: dict[str, float], out: Path
-) -> dict[str, Any]:
-    """The files, and what they hold in numbers."""
-    example = prepared(images, min(len(images.train), 8))
-    portable.save(small, out / "network.safetensors")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's exporter warns of itself
-            portable.to_onnx(copy.deepcopy(small).cpu(), out / "network.onnx", example.cpu())
-    except ImportError as error:
-        say(f"no ONNX: {error}")
-    times = measure({"dense": dense, "pruned": small, "dense again": dense}, example, rounds=10)["median_ms"]
-    costs = {name: cost.summary(network, example[:1]) for name, network in (("dense", dense), ("pruned", small))}
-    sizes = {path.name: path.stat().st_size for path in sorted(out.glob("network.*"))}
-    summary = {"settings": asdict(job), "accuracy": accuracy, "validation_images": len(images.test), "cost": costs}
-    summary |= {"flop_ratio": costs["dense"]["conv_macs"] / costs["pruned"]["conv_macs"], "bytes": sizes}
-    summary |= {"milliseconds": times.to_dict(), "batch": len(example), "classes": list(images.classes)}
-    summary |= {"device": device_name(example.device), "torch": torch.__version__, "python": platform.python_version()}
-    summary |= {"torchvision": torchvision.__version__, "sppkit": __version__}
-    state.write_bytes(out / "summary.json", json.dumps(summary, indent=1).encode())
-    say(
-        ", ".join(f"{name} {value:.2f} %" for name, value in accuracy.items())
-        + f" of {len(images.test):,} images (n=1)"
-    )
-    say(f"FLOP ratio {summary['flop_ratio']:.2f}, {costs['pruned']['parameters']:,} parameters")
-    say(f"{len(example)} images: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items()))
-    say(f"written: {', '.join(f'{out / name} ({size / 1e6:.1f} MB)' for name, size in sizes.items())}")
-    return summary
+def retrained(job: Job, small: nn.Module, images: ImageData, work: Path) -> nn.Module:
+    train(job, small, images, job.training(job.retrain_steps, 2), work / "retrain.safetensors")
+    return small
+
+
+def finish(
+    job: Job, dense: nn.Module, small: nn.Module, images: ImageData, out: Path, known: Callable[..., Any]
+) -> None:
+    """ONNX, costs, bytes and milliseconds."""
+    example = sample(job, images, min(job.batch_size, 32))
+
+    def onnx() -> str:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's exporter warns of itself
+                portable.to_onnx(copy.deepcopy(small).cpu(), out / "network.onnx", example[:2].cpu())
+        except (ImportError, RuntimeError) as error:  # a package is missing, or ONNX has no word for an operation
+            return f"network.onnx was not written: {error}"
+        return "network.onnx is written"
+
+    def milliseconds() -> list[dict[str, Any]]:
+        both = {"dense": dense, "compact": small}
+        tables = [measure(both, batch, rounds=10).reset_index(names="network") for batch in (example[:1], example)]
+        return [row for table in tables for row in table.to_dict("records")]
+
+    say(known("onnx", onnx))
+    costs = known("cost", lambda: {k: cost.summary(n, example) for k, n in (("dense", dense), ("compact", small))})
+    ratio = known("flop_ratio", lambda: costs["dense"]["conv_macs"] / costs["compact"]["conv_macs"])
+    sizes = known("bytes", lambda: {path.name: path.stat().st_size for path in sorted(out.glob("network.*"))})
+    times = known("milliseconds", milliseconds)
+    say(f"FLOP ratio {ratio:.2f}, " + " -> ".join(f"{costs[n]['parameters']:,}" for n in costs) + " parameters")
+    for row in times:
+        say(f"{row['network']}: {row['median_ms']:.1f} ms for {row['batch']} images on {row['device']}")
+    say(f"written: {', '.join(f'{out / name} ({size / 1e6:.1f} MB)' for name, size in sizes.items())}, summary.json")
+
+
+def versions() -> dict[str, str]:
+    found = {module.__name__: str(module.__version__) for module in (torch, torchvision)}
+    return found | {"sppkit": __version__, "python": platform.python_version()}
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    tqdm.write(text)  # above the bar that training has in a terminal

@@ -564,7 +564,7 @@ def test_thinet_is_greedy(images: Tensor) -> None:
 
 @pytest.mark.parametrize("multiple", [8, 16])
 def test_rounded_widths_are_multiples_and_near_the_ratio(multiple: int) -> None:
-    network, example = torchvision.models.vgg16(), torch.zeros(1, 3, 64, 64)
+    network, example = networks.create("vgg16"), torch.zeros(1, 3, 32, 32)
     plain, rounded = cp.widths(network, example, 4), cp.widths(network, example, 4, multiple=multiple)
     assert [*plain] == [*rounded]
     assert all(width % multiple == 0 for width in rounded.values())
@@ -574,7 +574,7 @@ def test_rounded_widths_are_multiples_and_near_the_ratio(multiple: int) -> None:
     for name, conv in compact.convolutions(network).items():
         if name in gone:
             conv.weight.data[:, gone[name][gone[name] < conv.in_channels]] = 0
-    ratio = cost.flop_ratio(torchvision.models.vgg16(), compact.compact(network, columns=False), example)
+    ratio = cost.flop_ratio(networks.create("vgg16"), compact.compact(network, columns=False), example)
     assert ratio == pytest.approx(4, rel=0.05)
     with pytest.raises(ValueError, match="out of reach: the smallest widths give"):
         cp.widths(network, example, 1000, multiple=multiple)
