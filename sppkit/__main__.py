@@ -11,7 +11,7 @@ COMMANDS = {
     "data": ("load a data set, downloading it first if asked, and describe it", "check", "describe"),
     "prune": ("prune a classifier of torchvision on a folder of images, resumable", "prune", "main"),
     "run": ("run experiments, resumable, skipping what is recorded", "driver", "main"),
-    "bench": ("training speed: eager, captured, pruning; `bench channels`: that of channel pruning", "bench", "main"),
+    "bench": ("training speed: eager, captured, pruning; `bench channels`, `bench speed`: others", "bench", "main"),
     "figures": ("draw the figures whose records changed", "draw", "main"),
     "report": ("print the table of an experiment's records in Markdown", "draw", "report"),
 }

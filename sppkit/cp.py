@@ -56,6 +56,8 @@ def widths(
     """
     if not 1 < flop_ratio < math.inf:
         raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
+    if multiple < 1:
+        raise ValueError(f"multiple={multiple} must be at least 1, of channels")
     found = sites(network, trace(network), samplers=samplers)
     weight = dict.fromkeys(found, 1.0) if rule is None else rule
     if bad := [name for name in weight if name not in found or not weight[name] > 0]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
 
@@ -32,3 +35,20 @@ def tmp_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is the working directory for one test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], ModuleType]:
+    """Another copy of a module, whose Triton kernels the interpreter runs on a CPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
+
+    def copy(module: ModuleType) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"interpreted_{module.__name__}", str(module.__file__))
+        assert spec
+        assert spec.loader
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)
+        return again
+
+    return copy

@@ -579,6 +579,8 @@ def test_rounded_widths_are_multiples_and_near_the_ratio() -> None:
     assert ratio == pytest.approx(4, rel=0.05)
     with pytest.raises(ValueError, match="out of reach: the smallest widths give"):
         cp.widths(network, example, 1000, multiple=multiple)
+    with pytest.raises(ValueError, match="multiple=0 must be at least 1"):
+        cp.widths(network, example, 4, multiple=0)
 
 
 def test_max_response_needs_the_filters(images: Tensor, branches: nn.Module) -> None:

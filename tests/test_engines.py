@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 
 import engines
@@ -15,15 +15,8 @@ from sppkit.compact import ColumnConv2d
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined: another copy of the module
-    spec = importlib.util.spec_from_file_location("interpreted_engines", engines.__file__)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def interpreted(interpret: Callable[[ModuleType], ModuleType]) -> ModuleType:
+    return interpret(engines)
 
 
 CASES = [*itertools.product((1, 2), (0, 1, 2), (1, 2), (1, 3))]

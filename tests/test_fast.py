@@ -114,6 +114,17 @@ def test_padding_that_differs_from_side_to_side_has_no_dense_form() -> None:
         column.dense()
 
 
+def test_a_layer_without_a_dense_form_stays_with_its_columns(images: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 4, padding="same"), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    column = ColumnConv2d(network[0], torch.arange(0, 48, 3))
+    small = nn.Sequential(column, *network[1:])
+    ready = fast.optimise(small, images)
+    assert len(columns(ready)) == 1
+    torch.testing.assert_close(ready(images), small(images).detach(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="differs from side to side"):
+        fast.optimise(small, images, engine="dense")
+
+
 def test_what_cannot_be_is_refused(images: Tensor) -> None:
     network = trained("convnet")
     for settings, words in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -12,15 +12,8 @@ from sppkit import kernels
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined: another copy of the module
-    spec = importlib.util.spec_from_file_location("interpreted", kernels.__file__)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def interpreted(interpret: Callable[[ModuleType], ModuleType]) -> ModuleType:
+    return interpret(kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])

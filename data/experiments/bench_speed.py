@@ -21,14 +21,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import channels
 import engines
 import pandas as pd
 import torch
 import torchvision
 from bench_channels import _show, random_images, vgg16
-from channels import exact
 from driver import append_line, revision
 from factorise import factorise
+from records import TITLES
 from torch import Tensor, nn
 from training.data import device_name, resolve_device
 
@@ -41,7 +42,7 @@ SHARE = 0.25  # of the columns that are kept in single layers
 LAYERS = {"conv3_2": (256, 256, 56), "conv4_1": (256, 512, 28), "conv4_2": (512, 512, 28), "conv5_2": (512, 512, 14)}
 BLOCK = 16  # neighbouring input channels of one tap
 RATIO, RESNET_RATIO = 4.0, 2.0  # of the networks' convolution MACs
-FACTORISATIONS = {"Jaderberg": "spatial", "Asym.": "channel", "Asym. 3D": "3d"}
+FACTORISATIONS = {TITLES[name]: method for name, method in channels.FACTORISATIONS.items() if method != "3c"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
             column = ColumnConv2d(dense, kept.nonzero().flatten())
             masked = copy.deepcopy(dense)
             masked.weight.data.flatten(1)[:, ~kept] = 0
-            with exact(machine.device):
+            with channels.exact(machine.device):
                 torch.testing.assert_close(column(x), masked(x), rtol=1e-4, atol=1e-4)
             networks[kind] = nn.Sequential(column)
         ready = {kind: each if kind != "dense" else machine.ready(each, x) for kind, each in networks.items()}
