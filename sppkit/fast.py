@@ -54,7 +54,7 @@ def optimise(
     with torch.no_grad():
         expected = copy.deepcopy(network).to(example.device).eval()(example).float()
         if engine != "columns":
-            _take_dense(result, example, rounds if engine == "measured" else 0)
+            take_dense(result, example, rounds if engine == "measured" else 0)
         if capture:
             result.capture(example)
         difference = float((result(example) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -96,9 +96,9 @@ class Ready(nn.Module):
         self.graph = graph
 
 
-def _take_dense(ready: Ready, example: Tensor, rounds: int) -> None:
-    """Replace column convolutions by dense ones where these are faster; rounds = 0: everywhere."""
-    columns = {name: m for name, m in ready.network.named_modules() if isinstance(m, ColumnConv2d)}
+def take_dense(ready: Ready, example: Tensor, rounds: int, kind: Any = ColumnConv2d) -> None:
+    """Replace modules of a `kind` by the convolutions they are where these are faster; rounds = 0: everywhere."""
+    columns = {name: m for name, m in ready.network.named_modules() if isinstance(m, kind)}
     if rounds:  # a padding that differs from side to side has no dense form
         columns = {name: m for name, m in columns.items() if m.padding[::2] == m.padding[1::2]}
     inputs = dict[str, Tensor]()
@@ -111,7 +111,7 @@ def _take_dense(ready: Ready, example: Tensor, rounds: int) -> None:
     for hook in hooks:
         hook.remove()
     for name, column in columns.items():
-        dense = column.dense().to(memory_format=ready.layout)  # type: ignore[call-overload]
+        dense = column.dense().to(memory_format=ready.layout)
         times = milliseconds({"columns": column, "dense": dense}, inputs.pop(name), rounds).median() if rounds else None
         if times is None or times["dense"] < times["columns"]:
             ready.network.set_submodule(name, dense)

@@ -1,4 +1,4 @@
-"""The gathering kernel, by Triton's interpreter on the CPU, against the masked convolution."""
+"""Kernels for columns, by Triton's interpreter on the CPU, against the masked convolution."""
 
 from __future__ import annotations
 
@@ -9,61 +9,92 @@ from types import ModuleType
 import engines
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sppkit.compact import ColumnConv2d
 
 
 @pytest.fixture
 def interpreted(interpret: Callable[[ModuleType], ModuleType]) -> ModuleType:
-    return interpret(engines)
+    module = interpret(engines)
+    module.TILES = {"columns": (64, 5), "blocks": (64, 3), "fused": (64, 16)}  # small ones: less to interpret
+    return module
 
 
-CASES = [*itertools.product((1, 2), (0, 1, 2), (1, 2), (1, 3))]
+def masked(channels: int, run: int, seed: int, **how: int) -> tuple[nn.Conv2d, ColumnConv2d]:
+    """A convolution whose `run` neighbouring channels of a tap are zero together, and the same by its columns."""
+    draw = torch.Generator().manual_seed(seed)
+    conv = nn.Conv2d(channels, 7, (3, 2), **how)  # type: ignore[arg-type]
+    keep = torch.rand(channels // run, 6, generator=draw) < 0.3
+    keep[0, 0] = True
+    flat = keep.repeat_interleave(run, 0).flatten()
+    conv.weight.data.flatten(1)[:, ~flat] = 0
+    return conv, ColumnConv2d(conv, flat.nonzero().flatten())
 
 
-@pytest.mark.parametrize(("stride", "padding", "dilation", "batch"), CASES)
-def test_the_kernel_computes_what_the_masked_convolution_does(
-    interpreted: ModuleType, stride: int, padding: int, dilation: int, batch: int
+def equal(engine: nn.Module, conv: nn.Module, x: Tensor) -> None:
+    layouts = (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1))
+    with torch.no_grad():
+        for each in layouts:
+            torch.testing.assert_close(engine(each), conv(x), rtol=1e-5, atol=1e-5)
+
+
+MOVES = [*itertools.product((1, 2), (0, 1, 2), (1, 2))]
+FORMS = [("columns", 1), ("blocks", 8), ("blocks", 16), ("blocks", 32), ("fused", 16), ("fused", 32)]
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), MOVES)
+def test_the_kernels_compute_what_the_masked_convolution_does(
+    interpreted: ModuleType, stride: int, padding: int, dilation: int
 ) -> None:
-    draw = torch.Generator().manual_seed(stride + 10 * padding)
-    conv = nn.Conv2d(5, 7, (3, 2), stride=stride, padding=padding, dilation=dilation)
-    conv.weight.data[:, torch.rand(conv.weight[0].shape, generator=draw) < 0.7] = 0
-    kept = conv.weight.data.flatten(1).ne(0).all(0).nonzero().flatten()
-    x = torch.randn(batch, 5, 9, 12, generator=draw)
-    engine = interpreted.GatheredConv2d(ColumnConv2d(conv, kept))
+    x = torch.randn(1 + padding, 32, 7, 6)
+    for engine, run in FORMS:
+        how = {"stride": stride, "padding": padding, "dilation": dilation, "bias": padding == 1}
+        conv, column = masked(32 if run > 1 else 3, run, seed=stride + 10 * padding, **how)
+        equal(interpreted.GatheredConv2d(column, engine), conv, x[:, : conv.in_channels])
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_more_places_runs_and_filters_than_a_program_has(interpreted: ModuleType, engine: str) -> None:
+    places, many = interpreted.TILES[engine]
+    channels = 2 if engine == "columns" else 32
+    conv, x = nn.Conv2d(channels, 40, 3, padding=1, bias=False), torch.randn(2, channels, 5, 7)
+    assert places < 2 * 5 * 7
+    assert many < (40 if engine == "fused" else 9)
+    equal(interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(9 * channels)), engine), conv, x)
+
+
+def test_no_column_at_all(interpreted: ModuleType) -> None:
+    nothing = ColumnConv2d(nn.Conv2d(2, 3, 3, padding=1, bias=False), torch.arange(0))
     with torch.no_grad():
-        torch.testing.assert_close(engine(x), conv(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(engine(x.to(memory_format=torch.channels_last)), conv(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            engine(x.transpose(0, 1).contiguous().transpose(0, 1)), conv(x), rtol=1e-5, atol=1e-5
-        )
+        assert torch.equal(interpreted.GatheredConv2d(nothing)(torch.randn(3, 2, 24, 25)), torch.zeros(3, 3, 24, 25))
 
 
-def test_more_places_than_a_program_has_and_no_column_at_all(interpreted: ModuleType) -> None:
-    conv, x = nn.Conv2d(2, 3, 3, padding=1, bias=False), torch.randn(3, 2, 24, 25)
-    assert interpreted.BLOCK < 3 * 24 * 25
-    with torch.no_grad():
-        whole = interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(18)))
-        torch.testing.assert_close(whole(x), conv(x), rtol=1e-5, atol=1e-5)
-        nothing = interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(0)))
-        assert torch.equal(nothing(x), torch.zeros(3, 3, 24, 25))
-
-
-def test_a_network_of_them(interpreted: ModuleType) -> None:
-    convs = [nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, stride=2)]
-    columns = [ColumnConv2d(conv, torch.arange(0, conv.weight[0].numel(), 3)) for conv in convs]
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_network_of_them(interpreted: ModuleType, engine: str) -> None:
+    """The first layer has no runs, and goes column by column."""
+    convs = [nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 4, 3, stride=2)]
+    blocks = torch.arange(0, 16)[:, None] * 9 + torch.tensor([0, 4, 5])
+    columns = [ColumnConv2d(convs[0], torch.arange(0, 27, 3)), ColumnConv2d(convs[1], blocks.flatten().sort().values)]
     network, x = nn.Sequential(columns[0], nn.ReLU(), columns[1]), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = network(x)
-        torch.testing.assert_close(interpreted.gathered(network)(x), expected, rtol=1e-5, atol=1e-5)
-    assert not any(isinstance(module, ColumnConv2d) for module in network)
+        torch.testing.assert_close(interpreted.gathered(network, engine)(x), expected, rtol=1e-5, atol=1e-5)
+    assert [network[0].engine, network[2].engine] == ["columns", engine]
+    torch.testing.assert_close(network[2].dense()(torch.ones(1, 32, 3, 3)), columns[1](torch.ones(1, 32, 3, 3)))
 
 
-def test_what_it_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = ColumnConv2d(nn.Conv2d(3, 4, 3), torch.arange(9))
+    reflected = ColumnConv2d(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), torch.arange(9))
     with pytest.raises(ValueError, match="padding_mode='reflect' is not gathered"):
-        interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(9)))
-    monkeypatch.setattr(interpreted, "_gather", None)
+        interpreted.GatheredConv2d(reflected)
+    with pytest.raises(ValueError, match="engine='fused' is for blocks of channels, and these columns go in 1s"):
+        interpreted.GatheredConv2d(column, "fused")
+    with pytest.raises(ValueError, match="engine='dense', kernel 3 x 3: one of columns, blocks, fused"):
+        interpreted.GatheredConv2d(column, "dense")
+    with pytest.raises(ValueError, match=r"kernel 8 x 8: .* at most 63 taps"):
+        interpreted.GatheredConv2d(ColumnConv2d(nn.Conv2d(3, 4, 8), torch.arange(9)))
+    monkeypatch.setattr(interpreted, "triton", None)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
-        interpreted.GatheredConv2d(ColumnConv2d(nn.Conv2d(3, 4, 3), torch.arange(9)))
+        interpreted.GatheredConv2d(column)

@@ -1,13 +1,19 @@
-"""The captured training step. Skipped without a GPU; run on one with `python -m pytest tests/test_gpu.py`."""
+"""The captured training step and networks made ready: skipped without a GPU.
+
+Run on one with `python -m pytest tests/test_gpu.py`.
+"""
 
 import copy
 from dataclasses import replace
 
+import engines
 import pytest
 import torch
+from torch import nn
 from training import Training, TrainingStep, data, loop, networks
 
-from sppkit import kernels
+from sppkit import fast, kernels
+from sppkit.compact import ColumnConv2d
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
 
@@ -135,3 +141,40 @@ def test_pruning_resumes_on_a_gpu(digits, tmp_path, monkeypatch, precision):
     assert results[0][1].iloc[0] == pytest.approx(results[1][1].iloc[0], rel=1e-2)
     assert float(results[0][0].mean()) > 0.1
     assert float((results[0][0] - results[1][0]).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_network_made_ready_answers_as_before(precision):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3)).eval()
+    network.append(ColumnConv2d(nn.Conv2d(64, 16, 3, stride=2), torch.arange(0, 576, 3))).to("cuda")
+    first, second = torch.randn(2, 5, 3, 17, 18, device="cuda")
+    with torch.no_grad():
+        for last in (False, True):
+            for engine in fast.ENGINES:
+                ready = fast.optimise(network, first, dtype=precision, channels_last=last, engine=engine, capture=True)
+                for x in (first, second):
+                    expected = network(x)
+                    error = (ready(x) - expected).abs().max() / expected.abs().max()
+                    assert float(error) < (0.03 if precision == torch.bfloat16 else 0.01)  # TF32
+    with pytest.raises(ValueError, match=r"captured for \(5, 3, 17, 18\)"):
+        ready(first[:1])
+
+
+@pytest.mark.parametrize(
+    ("engine", "run"), [("columns", 1), ("blocks", 8), ("blocks", 16), ("fused", 16), ("fused", 32)]
+)
+@pytest.mark.parametrize("size", [7, 40])
+def test_the_engines_on_trial_compute_what_the_masked_convolution_does(engine, run, size):
+    torch.manual_seed(size)
+    for precision, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        conv = nn.Conv2d(96, 200, 3, padding=1, stride=1 + size % 2).to("cuda", precision)
+        keep = (torch.rand(96 // run, 9, device="cuda") < 0.3).repeat_interleave(run, 0).flatten()
+        conv.weight.data.flatten(1)[:, ~keep] = 0
+        x = torch.randn(3, 96, size, size + 3, device="cuda", dtype=precision)
+        column = ColumnConv2d(conv, keep.nonzero().flatten())
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+            expected = conv.double()(x.double())
+            for each in (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1)):
+                found = engines.GatheredConv2d(column, engine)(each).double()
+                assert float((found - expected).norm() / expected.norm()) < limit

@@ -1,8 +1,14 @@
-"""An engine for column convolutions on a GPU, on trial: a Triton kernel gathers, the library's GEMM multiplies.
+"""Engines for column convolutions on a GPU, on trial: Triton kernels that read nothing but kept columns.
 
-The package reads the kept columns through torch's indexing, which is made for any index. Here one program copies the
-places of one column, neighbours side by side, out of the input in whatever layout it lies, without a padded copy. What
-comes out lies as (O, B, Ho, Wo), which the next such layer reads as it is. `bench_speed` times both.
+The package reads them through torch's indexing, which is made for any index. Here
+
+    columns   gathers single columns into a matrix (K, places) that the library's GEMM multiplies; any layout is read as
+              it lies, and what comes out lies as (O, B, Ho, Wo), which the next such layer reads in turn
+    blocks    gathers runs of 8, 16 or 32 neighbouring channels of one tap, of an input in channels-last, into a matrix
+              (places, K) for the library's GEMM; what comes out is in channels-last
+    fused     multiplies such runs, of 16 or 32, while it reads them: no matrix is written
+
+Padding is never copied: each place of the output knows as bits which of its taps lie inside. `bench_speed` times them.
 """
 
 from __future__ import annotations
@@ -14,78 +20,187 @@ from torch import Tensor, nn
 
 from sppkit.compact import ColumnConv2d
 
-BLOCK = 1024  # places a program
+ENGINES = ("columns", "blocks", "fused")
+RUNS = (32, 16, 8)  # channels
+# of a program: places, and columns or runs that share the arithmetic of these places; for `fused`: places, filters
+TILES = {"columns": (1024, 16), "blocks": (128, 16), "fused": (128, 128)}
+LAUNCH: dict[str, dict[str, int]] = {"columns": {}, "blocks": {}, "fused": {"num_warps": 8, "num_stages": 4}}
 try:
     import triton
     import triton.language as tl
 except ImportError:  # a torch without it
-    triton = _gather = None
+    triton = None
 else:
 
     @triton.jit
-    def _gather(  # type: ignore[no-untyped-def]
-        x, channel, down, across, read, H, W, Ho, Wo, sB, sC, sH, sW, step_h, step_w, places, BLOCK: tl.constexpr
+    def _place(  # type: ignore[no-untyped-def]
+        at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH: tl.constexpr, KW: tl.constexpr
     ):
-        k = tl.program_id(0).to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        """Where the window of each place begins in memory, and which of its taps (bits) lie inside the image."""
         image, rest = at // (Ho * Wo), at % (Ho * Wo)
-        h = rest // Wo * step_h + tl.load(down + k)
-        w = rest % Wo * step_w + tl.load(across + k)
-        inside = (at < places) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        source = x + tl.load(channel + k) * sC + image.to(tl.int64) * sB + h * sH + w * sW
-        tl.store(read + k * places + at, tl.load(source, mask=inside, other=0), mask=at < places)
+        h, w = rest // Wo * down - top, rest % Wo * across - left
+        inside = tl.full(at.shape, 0, tl.int64)
+        for tap in tl.static_range(KH * KW):
+            y, z = h + tap // KW * dh, w + tap % KW * dw
+            there = (at < places) & (y >= 0) & (y < H) & (z >= 0) & (z < W)
+            inside |= there.to(tl.int64) << tap
+        return image.to(tl.int64) * sB + h * sH + w * sW, inside
+
+    @triton.jit
+    def _columns(  # type: ignore[no-untyped-def]
+        x, index, read, K, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
+        KH: tl.constexpr, KW: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
+    ):  # fmt: skip
+        at = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        for j in range(COUNT):
+            k = tl.program_id(0) * COUNT + j
+            column = tl.load(index + k, mask=k < K, other=0)
+            tap = column % (KH * KW)
+            offset = (column // (KH * KW)).to(tl.int64) * sC + tap // KW * dh * sH + tap % KW * dw * sW
+            value = tl.load(x + base + offset, mask=((inside >> tap) & 1 == 1) & (k < K), other=0)
+            tl.store(read + k.to(tl.int64) * places + at, value, mask=(at < places) & (k < K))
+
+    @triton.jit
+    def _blocks(  # type: ignore[no-untyped-def]
+        x, run, taps, read, runs, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw,
+        KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
+    ):  # fmt: skip
+        at, channel = tl.program_id(1) * PLACES + tl.arange(0, PLACES), tl.arange(0, RUN)[None, :]
+        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        for j in range(COUNT):
+            r = tl.program_id(0) * COUNT + j
+            tap = tl.load(taps + r, mask=r < runs, other=0)
+            offset = tl.load(run + r, mask=r < runs, other=0) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
+            there = ((inside >> tap) & 1 == 1) & (r < runs)
+            value = tl.load(x + (base + offset)[:, None] + channel, mask=there[:, None], other=0)
+            to = read + at.to(tl.int64)[:, None] * runs * RUN + r * RUN + channel
+            tl.store(to, value, mask=((at < places) & (r < runs))[:, None])
+
+    @triton.jit
+    def _fused(  # type: ignore[no-untyped-def]
+        x, run, taps, weight, bias, out, runs, places, filters, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh,
+        dw, KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
+    ):  # fmt: skip
+        at, channel = tl.program_id(1) * PLACES + tl.arange(0, PLACES), tl.arange(0, RUN)
+        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        n = tl.program_id(0) * FILTERS + tl.arange(0, FILTERS)
+        total = tl.full((PLACES, FILTERS), 0.0, tl.float32)
+        for r in range(runs):
+            tap = tl.load(taps + r)
+            offset = tl.load(run + r) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
+            there = (inside >> tap) & 1 == 1
+            a = tl.load(x + (base + offset)[:, None] + channel[None, :], mask=there[:, None], other=0)
+            b = tl.load(
+                weight + (r * RUN + channel)[:, None] * filters + n[None, :], mask=n[None, :] < filters, other=0
+            )
+            total = tl.dot(a, b, total, input_precision="ieee")
+        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
+        to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
+        tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[:, None] & (n < filters)[None, :])
+
+
+def run_length(index: Tensor, taps: int) -> int:
+    """The longest of RUNS in which the columns `index` go, channels c, c+1, ... of one tap from a multiple on; else 1.
+
+    >>> run_length(torch.arange(16) * 9 + 4, 9), run_length(torch.arange(8, 32) * 9, 9), run_length(torch.arange(9), 9)
+    (16, 8, 1)
+    """
+    channel, tap = index // taps, index % taps
+    for run in RUNS:
+        of = channel // run * taps + tap  # which run each column is of
+        if len(index) and (of.bincount()[of] == run).all():
+            return run
+    return 1
 
 
 class GatheredConv2d(nn.Module):
-    """A `ColumnConv2d` of zero padding on a GPU; ValueError for another padding mode, RuntimeError without Triton."""
+    """A `ColumnConv2d` of zero padding by one of ENGINES.
+
+    ValueError for another padding mode, an engine that the columns do not allow, or more than 63 taps; RuntimeError
+    without Triton.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    channel: Tensor
-    down: Tensor
-    across: Tensor
+    index: Tensor
+    runs: Tensor
+    taps: Tensor
 
-    def __init__(self, column: ColumnConv2d) -> None:
+    def __init__(self, column: ColumnConv2d, engine: str = "columns") -> None:
         super().__init__()
+        (kh, kw), taps = column.kernel_size, column.kernel_size[0] * column.kernel_size[1]
+        self.engine, self.run = engine, run_length(column.index, taps)
         if column.padding_mode != "constant":
             raise ValueError(f"padding_mode={column.padding_mode!r} is not gathered; only zeros are")
-        if _gather is None:
+        if engine not in ENGINES or taps > 63:
+            raise ValueError(f"engine={engine!r}, kernel {kh} x {kw}: one of {', '.join(ENGINES)}, of at most 63 taps")
+        if self.run < {"columns": 1, "blocks": 8, "fused": 16}[engine]:
+            raise ValueError(f"engine={engine!r} is for blocks of channels, and these columns go in {self.run}s")
+        if triton is None:
             raise RuntimeError("Triton is not installed; torch's builds for CUDA on Linux bring it")
-        self.weight, self.bias = column.weight, column.bias
-        (kh, kw), (dh, dw) = column.kernel_size, column.dilation
-        left, _, top, _ = column.padding
-        tap = column.index % (kh * kw)
-        self.register_buffer("channel", column.index // (kh * kw))
-        self.register_buffer("down", tap // kw * dh - top)
-        self.register_buffer("across", tap % kw * dw - left)
-        self.stride: tuple[int, ...] = column.stride
-        self.reach: tuple[int, int] = (
-            dh * (kh - 1) + 1 - top - column.padding[3],
-            dw * (kw - 1) + 1 - left - column.padding[1],
-        )
-
-    def read(self, x: Tensor) -> Tensor:
-        """The kept columns (K, B, Ho, Wo)."""
-        B, _, H, W = x.shape
-        Ho, Wo = ((n - reach) // step + 1 for n, reach, step in zip((H, W), self.reach, self.stride, strict=True))
-        read, places = x.new_empty(len(self.channel), B, Ho, Wo), B * Ho * Wo
-        sizes: tuple[Any, ...] = (H, W, Ho, Wo, *x.stride(), *self.stride, places)
-        if read.numel():
-            programs = (len(self.channel), triton.cdiv(places, BLOCK))
-            kernel: Any = _gather
-            kernel[programs](x, self.channel, self.down, self.across, read, *sizes, BLOCK=BLOCK)
-        return read
+        self.kernel_size, self.stride, self.dilation = column.kernel_size, column.stride, column.dilation
+        self.padding = column.padding  # left, right, top, bottom
+        weight, index, bias = column.weight.detach(), column.index, column.bias
+        if engine != "columns":  # (K, O), run by run
+            order = (index // taps // self.run * taps + index % taps).argsort(stable=True)
+            weight, first = weight[:, order].T.contiguous(), index[order][:: self.run]
+            self.register_buffer("taps", (first % taps).int())
+            self.register_buffer("runs", (first // taps // self.run).int())
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        self.register_buffer("index", index.int())
+        self.dense = column.dense  # for `fast.take_dense`
 
     def forward(self, x: Tensor) -> Tensor:
-        read = self.read(x)
-        flat = read.flatten(1)  # (K, B*Ho*Wo)
-        y = self.weight @ flat if self.bias is None else torch.addmm(self.bias[:, None], self.weight, flat)
-        return y.unflatten(1, read.shape[1:]).transpose(0, 1)  # (B, O, Ho, Wo)
+        if self.engine != "columns":
+            x = x.contiguous(memory_format=torch.channels_last)
+        B, _, H, W = x.shape
+        (kh, kw), (dh, dw), (left, right, top, bottom) = self.kernel_size, self.dilation, self.padding
+        Ho = (H + top + bottom - dh * (kh - 1) - 1) // self.stride[0] + 1
+        Wo = (W + left + right - dw * (kw - 1) - 1) // self.stride[1] + 1
+        sB, sC, sH, sW = x.stride()
+        tail = (*self.stride, top, left, dh, dw, kh, kw)
+        sizes: tuple[Any, ...] = (B * Ho * Wo, H, W, Ho, Wo)
+        if self.engine == "columns":
+            y = self._by_columns(x, sizes, (sB, sC, sH, sW, *tail))
+            return y.unflatten(1, (B, Ho, Wo)).transpose(0, 1)  # (B, O, Ho, Wo)
+        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, sizes, (sB, sH, sW, *tail))
+        return y.unflatten(0, (B, Ho, Wo)).permute(0, 3, 1, 2)
+
+    def _by_columns(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+        K, (most, count) = len(self.index), TILES["columns"]
+        read = x.new_empty(K, sizes[0])
+        if K:
+            kernel: Any = _columns
+            grid = (triton.cdiv(K, count), triton.cdiv(sizes[0], most))
+            kernel[grid](x, self.index, read, K, *sizes, *rest, PLACES=most, COUNT=count, **LAUNCH["columns"])
+        return self.weight @ read if self.bias is None else torch.addmm(self.bias[:, None], self.weight, read)
+
+    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+        runs, (most, count), kernel = len(self.runs), TILES["blocks"], globals()["_blocks"]
+        read = x.new_empty(sizes[0], runs * self.run)
+        grid = (triton.cdiv(runs, count), triton.cdiv(sizes[0], most))
+        how = {"RUN": self.run, "PLACES": most, "COUNT": count, **LAUNCH["blocks"]}
+        kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, **how)
+        return read @ self.weight if self.bias is None else torch.addmm(self.bias, read, self.weight)
+
+    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+        filters, (most, wide), kernel = self.weight.shape[1], TILES["fused"], globals()["_fused"]
+        bias = x.new_zeros(filters) if self.bias is None else self.bias
+        y, grid = x.new_empty(sizes[0], filters), (triton.cdiv(filters, wide), triton.cdiv(sizes[0], most))
+        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, **LAUNCH["fused"]}
+        given = (x, self.runs, self.taps, self.weight, bias, y, len(self.runs), sizes[0], filters)
+        kernel[grid](*given, *sizes[1:], *rest, **how)
+        return y
 
 
-def gathered(network: nn.Module) -> nn.Module:
-    """The network with its column convolutions, in place, by this engine."""
+def gathered(network: nn.Module, engine: str = "columns") -> nn.Module:
+    """The network with its column convolutions, in place, by this engine where it can be, by "columns" elsewhere."""
     for name, module in [*network.named_modules()]:
         if isinstance(module, ColumnConv2d):
-            network.set_submodule(name, GatheredConv2d(module))
+            try:
+                network.set_submodule(name, GatheredConv2d(module, engine))
+            except ValueError:
+                network.set_submodule(name, GatheredConv2d(module))
     return network
