@@ -37,7 +37,7 @@ from sppkit.compact import channel_links, compact, convolutions, trace
 from sppkit.graph import fold, sites
 
 FACTORISATIONS = {"jaderberg": "spatial", "asym": "channel", "asym3d": "3d", "3c": "3c"}
-CURVES: dict[str, dict[str, sensitivity.Curve]] = {}  # by network: several runs share them
+CURVES: dict[tuple[Any, ...], dict[str, sensitivity.Curve]] = {}  # by network and sample: several runs share them
 STEPS = 400  # of torch-pruning
 Smaller = tuple[nn.Module, nn.Module | None, dict[str, Any]]  # network, the same before the refit, notes
 
@@ -85,9 +85,9 @@ def widths(network: nn.Module, images: Tensor, plan: Experiment) -> dict[str, in
     if plan.rule not in ("uniform", "paper", "pca", "error"):
         raise ValueError(f"rule={plan.rule!r} is not for channels; take 'uniform', 'paper', 'pca' or 'error'")
     if plan.rule == "error":
-        key = network_id(network)
+        how = {name: getattr(plan, name) for name in ("samplers", "points", "seed")}
+        key = (network_id(network), *how.values())
         if key not in CURVES:
-            how = {name: getattr(plan, name) for name in ("samplers", "points", "seed")}
             CURVES[key] = sensitivity.curves(network, images, **how)
         return sensitivity.equal_error(network, images[:1], CURVES[key], plan.flop_ratio, samplers=plan.samplers)
     found, rule = sites(network, trace(network), samplers=plan.samplers), None
