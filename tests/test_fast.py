@@ -88,7 +88,7 @@ def test_the_faster_engine_stays_layer_by_layer(images: Tensor, monkeypatch: pyt
         seen.append(tuple(example.shape))
         outputs = [module(example) for module in modules.values()]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-        return pd.DataFrame([{"columns": 2.0, "dense": 1.0 + 2 * (len(seen) % 2)}] * rounds)
+        return pd.DataFrame([{"old": 2.0, "new": 1.0 + 2 * (len(seen) % 2)}] * rounds)
 
     monkeypatch.setattr(fast, "milliseconds", clock)
     ready = fast.optimise(small, images)

@@ -23,8 +23,9 @@ from sppkit.compact import ColumnConv2d
 ENGINES = ("columns", "blocks", "fused")
 RUNS = (32, 16, 8)  # channels
 # of a program: places, and columns or runs that share the arithmetic of these places; for `fused`: places, filters
-TILES = {"columns": (1024, 16), "blocks": (128, 16), "fused": (128, 128)}
-LAUNCH: dict[str, dict[str, int]] = {"columns": {}, "blocks": {}, "fused": {"num_warps": 8, "num_stages": 4}}
+TILES = {"columns": (1024, 16), "blocks": (64, 8), "fused": (128, 128)}
+LAUNCH = {"columns": {"num_warps": 4}, "blocks": {"num_warps": 8}, "fused": {"num_warps": 8, "num_stages": 5}}
+ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
     import triton
     import triton.language as tl
@@ -48,7 +49,7 @@ else:
 
     @triton.jit
     def _columns(  # type: ignore[no-untyped-def]
-        x, index, read, K, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
+        x, index, read, K, rows, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
         KH: tl.constexpr, KW: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
     ):  # fmt: skip
         at = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
@@ -59,7 +60,8 @@ else:
             tap = column % (KH * KW)
             offset = (column // (KH * KW)).to(tl.int64) * sC + tap // KW * dh * sH + tap % KW * dw * sW
             value = tl.load(x + base + offset, mask=((inside >> tap) & 1 == 1) & (k < K), other=0)
-            tl.store(read + k.to(tl.int64) * places + at, value, mask=(at < places) & (k < K))
+            value = tl.where(k == K, 1.0, value).to(read.dtype.element_ty)  # what the bias multiplies
+            tl.store(read + k.to(tl.int64) * places + at, value, mask=(at < places) & (k < rows))
 
     @triton.jit
     def _blocks(  # type: ignore[no-untyped-def]
@@ -142,7 +144,10 @@ class GatheredConv2d(nn.Module):
         self.kernel_size, self.stride, self.dilation = column.kernel_size, column.stride, column.dilation
         self.padding = column.padding  # left, right, top, bottom
         weight, index, bias = column.weight.detach(), column.index, column.bias
-        if engine != "columns":  # (K, O), run by run
+        if engine == "columns":  # (O, rows), the bias behind the columns
+            with_bias = weight if bias is None else torch.cat([weight, bias.detach()[:, None]], 1)
+            weight = nn.functional.pad(with_bias, (0, -with_bias.shape[1] % ROWS))
+        else:  # (K, O), run by run
             order = (index // taps // self.run * taps + index % taps).argsort(stable=True)
             weight, first = weight[:, order].T.contiguous(), index[order][:: self.run]
             self.register_buffer("taps", (first % taps).int())
@@ -150,7 +155,14 @@ class GatheredConv2d(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         self.register_buffer("index", index.int())
-        self.dense = column.dense  # for `fast.take_dense`
+        self.column = (column,)  # no submodule; `fast.take_faster` asks for other forms
+
+    def dense(self) -> nn.Conv2d:
+        return self.column[0].dense()
+
+    def fused(self) -> nn.Module:
+        """Itself where its columns go in no runs."""
+        return GatheredConv2d(self.column[0], "fused") if self.run >= 16 else self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.engine != "columns":
@@ -169,13 +181,12 @@ class GatheredConv2d(nn.Module):
         return y.unflatten(0, (B, Ho, Wo)).permute(0, 3, 1, 2)
 
     def _by_columns(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        K, (most, count) = len(self.index), TILES["columns"]
-        read = x.new_empty(K, sizes[0])
-        if K:
-            kernel: Any = _columns
-            grid = (triton.cdiv(K, count), triton.cdiv(sizes[0], most))
-            kernel[grid](x, self.index, read, K, *sizes, *rest, PLACES=most, COUNT=count, **LAUNCH["columns"])
-        return self.weight @ read if self.bias is None else torch.addmm(self.bias[:, None], self.weight, read)
+        K, rows, (most, count), kernel = len(self.index), self.weight.shape[1], TILES["columns"], globals()["_columns"]
+        read, grid = x.new_empty(rows, sizes[0]), (triton.cdiv(rows, count), triton.cdiv(sizes[0], most))
+        if rows:
+            how = {"PLACES": most, "COUNT": count, **LAUNCH["columns"]}
+            kernel[grid](x, self.index, read, K, rows, *sizes, *rest, **how)
+        return self.weight @ read
 
     def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         runs, (most, count), kernel = len(self.runs), TILES["blocks"], globals()["_blocks"]
