@@ -94,6 +94,7 @@ class Captured(nn.Module):
 
     def __init__(self, network: nn.Module, x: Tensor) -> None:
         super().__init__()
+        self.eval()
         side, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), torch.no_grad():

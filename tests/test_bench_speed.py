@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
 
 import bench_speed as bench
 import pandas as pd
@@ -13,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sppkit import cost
+from sppkit import cost, fast
 from sppkit.__main__ import main
 from sppkit.compact import ColumnConv2d, convolutions
 
@@ -98,3 +101,51 @@ def test_goals_are_met_from_their_limit_on() -> None:
     table = bench.goals(single, nets, replace(MACHINE, sizes=bench.FULL["cpu"]))
     assert table["met"].tolist() == [False, True, True, True, True]
     assert table["times"].tolist() == pytest.approx([1.9, 2.0, 2.1, 2.2, 3.0])
+
+
+class Replayed(nn.Module):
+    """What a CUDA graph is to the benchmark: it knows its input, and cannot be copied."""
+
+    def __init__(self, network: nn.Module, x: torch.Tensor) -> None:
+        super().__init__()
+        self.eval()
+        self.work = lambda: network(x)
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.work())
+
+    def __deepcopy__(self, _: object) -> None:
+        raise TypeError("cannot pickle 'CUDAGraph' object")
+
+
+def test_the_way_of_a_gpu_through_the_benchmark(
+    interpret: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines on trial by the interpreter; graphs are played."""
+
+    def optimise(network: nn.Module, example: torch.Tensor, **how: Any) -> fast.Ready:
+        capture = how.pop("capture", False)
+        ready = right(network, example, **how)
+        if capture:
+            ready.capture(example)
+        return ready
+
+    right = fast.optimise
+    monkeypatch.setattr(bench, "engines", interpret(bench.engines))
+    monkeypatch.setattr(fast, "Captured", Replayed)
+    monkeypatch.setattr(fast, "optimise", optimise)
+    monkeypatch.setattr(bench.Machine, "gpu", True)
+    monkeypatch.setattr(bench, "LAYERS", {"conv3_2": (256, 256, 56)})
+    sizes = replace(bench.QUICK, batches=(1,), rounds=1, layer_batch=1)
+    machine = replace(MACHINE, sizes=sizes)
+    table = bench.layers(machine, {"operations": 1e9, "bytes": 1e9}).set_index("kind")
+    trials = [f"{kind}, {title}" for kind, titles in bench.TRIALS.items() for title in titles.values()]
+    assert {*table.index} == {"dense", *bench.TRIALS, *trials, "dense, again"}
+    assert table.loc[trials, "columns"].tolist() == [32 * 9 / 4, 4 * 16, 4 * 16]
+    image = torch.randn(1, 3, 32, 32)
+    vgg = bench.vgg16(shrink=8)
+    nets = {"dense": vgg, "columns": bench.fewer_columns(vgg, image, 4)}
+    nets[f"blocks of {bench.BLOCK}"] = bench.fewer_columns(vgg, image, 4, kind=f"block{bench.BLOCK}")
+    found = machine.table(nets, image).set_index("network")
+    assert [*found.index] == [*nets, "columns, gathered", "blocks of 16, gathered", "dense, again"]
+    assert (found["difference"].drop("dense, again") < 1e-4).all()

@@ -41,7 +41,7 @@ from sppkit.timing import measure, milliseconds
 SHARE = 0.25  # of the columns that are kept in single layers
 LAYERS = {"conv3_2": (256, 256, 56), "conv4_1": (256, 512, 28), "conv4_2": (512, 512, 28), "conv5_2": (512, 512, 14)}
 BLOCK = 16  # neighbouring input channels of one tap
-TOLERANCE = 0.2  # of outputs of these networks in bf16, whose weights were never trained; `difference` is recorded
+TOLERANCE = 0.1  # of outputs in bf16: random weights, factorised from few samples, reach half of it; it is recorded
 # engines on trial by what they are for; of a network the first, or the others where they are faster
 TRIALS = {"columns": {"columns": "gathered"}, f"blocks of {BLOCK}": {"blocks": "gathered", "fused": "fused"}}
 RATIO, RESNET_RATIO = 4.0, 2.0  # of the networks' convolution MACs
