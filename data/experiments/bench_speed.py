@@ -232,7 +232,7 @@ def networks(machine: Machine, *, images: Tensor) -> dict[str, dict[str, nn.Modu
 
 
 def whole(machine: Machine) -> pd.DataFrame:
-    """Every network at every batch size, with its FLOP ratio."""
+    """Every network at every batch size, with its FLOP ratio; printed as it comes."""
     images, parts = random_images(8, machine.sizes.pixels, seed=0), []
     for name, found in networks(machine, images=images).items():
         dense = next(iter(found.values()))
@@ -241,6 +241,7 @@ def whole(machine: Machine) -> pd.DataFrame:
             example = random_images(batch, machine.sizes.pixels, seed=1).to(machine.device)
             table = machine.table(found, example).assign(architecture=name)
             parts.append(table.assign(flop_ratio=table["network"].map(_fastest).map(ratios).fillna(1.0)))
+            _show(parts[-1].drop(columns=["threads", "device"]))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -310,7 +311,6 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     frames = {"layers": layers(machine, limits)}
     _show(frames["layers"].drop(columns=["threads", "device"]))
     frames["networks"] = whole(machine)
-    _show(frames["networks"].drop(columns=["threads", "device"]))
     frames["widths"] = by_width(machine)
     if not options.quick:
         frames["goals"] = goals(frames["layers"], frames["networks"], machine)
