@@ -52,10 +52,11 @@ else:
         x, index, read, K, rows, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
         KH: tl.constexpr, KW: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
     ):  # fmt: skip
-        at = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+        parts = (rows + COUNT - 1) // COUNT
+        part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
         for j in range(COUNT):
-            k = tl.program_id(0) * COUNT + j
+            k = part * COUNT + j
             column = tl.load(index + k, mask=k < K, other=0)
             tap = column % (KH * KW)
             offset = (column // (KH * KW)).to(tl.int64) * sC + tap // KW * dh * sH + tap % KW * dw * sW
@@ -68,10 +69,11 @@ else:
         x, run, taps, read, runs, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw,
         KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
     ):  # fmt: skip
-        at, channel = tl.program_id(1) * PLACES + tl.arange(0, PLACES), tl.arange(0, RUN)[None, :]
+        parts, channel = (runs + COUNT - 1) // COUNT, tl.arange(0, RUN)[None, :]
+        part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
         for j in range(COUNT):
-            r = tl.program_id(0) * COUNT + j
+            r = part * COUNT + j
             tap = tl.load(taps + r, mask=r < runs, other=0)
             offset = tl.load(run + r, mask=r < runs, other=0) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
             there = ((inside >> tap) & 1 == 1) & (r < runs)
@@ -84,9 +86,10 @@ else:
         x, run, taps, weight, bias, out, runs, places, filters, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh,
         dw, KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
     ):  # fmt: skip
-        at, channel = tl.program_id(1) * PLACES + tl.arange(0, PLACES), tl.arange(0, RUN)
+        parts, channel = (filters + FILTERS - 1) // FILTERS, tl.arange(0, RUN)
+        part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
-        n = tl.program_id(0) * FILTERS + tl.arange(0, FILTERS)
+        n = part * FILTERS + tl.arange(0, FILTERS)
         total = tl.full((PLACES, FILTERS), 0.0, tl.float32)
         for r in range(runs):
             tap = tl.load(taps + r)
@@ -182,7 +185,7 @@ class GatheredConv2d(nn.Module):
 
     def _by_columns(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         K, rows, (most, count), kernel = len(self.index), self.weight.shape[1], TILES["columns"], globals()["_columns"]
-        read, grid = x.new_empty(rows, sizes[0]), (triton.cdiv(rows, count), triton.cdiv(sizes[0], most))
+        read, grid = x.new_empty(rows, sizes[0]), (triton.cdiv(rows, count) * triton.cdiv(sizes[0], most),)
         if rows:
             how = {"PLACES": most, "COUNT": count, **LAUNCH["columns"]}
             kernel[grid](x, self.index, read, K, rows, *sizes, *rest, **how)
@@ -191,7 +194,7 @@ class GatheredConv2d(nn.Module):
     def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         runs, (most, count), kernel = len(self.runs), TILES["blocks"], globals()["_blocks"]
         read = x.new_empty(sizes[0], runs * self.run)
-        grid = (triton.cdiv(runs, count), triton.cdiv(sizes[0], most))
+        grid = (triton.cdiv(runs, count) * triton.cdiv(sizes[0], most),)
         how = {"RUN": self.run, "PLACES": most, "COUNT": count, **LAUNCH["blocks"]}
         kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, **how)
         return read @ self.weight if self.bias is None else torch.addmm(self.bias, read, self.weight)
@@ -199,7 +202,7 @@ class GatheredConv2d(nn.Module):
     def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         filters, (most, wide), kernel = self.weight.shape[1], TILES["fused"], globals()["_fused"]
         bias = x.new_zeros(filters) if self.bias is None else self.bias
-        y, grid = x.new_empty(sizes[0], filters), (triton.cdiv(filters, wide), triton.cdiv(sizes[0], most))
+        y, grid = x.new_empty(sizes[0], filters), (triton.cdiv(filters, wide) * triton.cdiv(sizes[0], most),)
         how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, **LAUNCH["fused"]}
         given = (x, self.runs, self.taps, self.weight, bias, y, len(self.runs), sizes[0], filters)
         kernel[grid](*given, *sizes[1:], *rest, **how)
