@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import engines
@@ -98,3 +99,26 @@ def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: py
     monkeypatch.setattr(interpreted, "triton", None)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         interpreted.GatheredConv2d(column)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_the_kernels_compile_for_a_gpu(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a Hopper GPU in bf16, which takes none; memory is read in vectors where neighbours go together."""
+    compiler = pytest.importorskip("triton.compiler")
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, (places, many) = getattr(engines, f"_{engine}"), engines.TILES[engine]
+    constants = {"KH": 3, "KW": 3, "RUN": 16, "PLACES": places, "COUNT": many, "FILTERS": many}
+    pointers = {"index": "*i32", "run": "*i32", "taps": "*i32"} | dict.fromkeys(
+        ("x", "read", "weight", "bias", "out"), "*bf16"
+    )
+    kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    place = {name: (number,) for number, name in enumerate(kernel.arg_names)}
+    sixteen = [*pointers, *(("sB", "sH", "sW", "filters") if engine != "columns" else ())]  # channels-last, 16 channels
+    source = compiler.ASTSource(
+        kernel, kinds, constexprs={place[name]: value for name, value in constants.items() if name in place},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in sixteen if name in place},
+    )  # fmt: skip
+    made = compiler.compile(source, target=target, options=engines.LAUNCH[engine]).asm["ptx"]
+    wide = {"columns": "ld.global.b16", "blocks": "ld.global.v2.b32", "fused": "wgmma.mma_async"}
+    assert wide[engine] in made
