@@ -58,6 +58,7 @@ def _once(module: nn.Module, example: Tensor) -> float:
         module(example)
         return (time.perf_counter() - begin) * 1e3
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(1_000_000)  # half a millisecond, in which the work is queued: no launch is waited for
     start.record()
     module(example)
     end.record()

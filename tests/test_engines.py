@@ -65,6 +65,15 @@ def test_more_places_runs_and_filters_than_a_program_has(interpreted: ModuleType
     equal(interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(9 * channels)), engine), conv, x)
 
 
+def test_the_order_of_columns_and_later_conversions_change_nothing(interpreted: ModuleType) -> None:
+    conv, x = nn.Conv2d(16, 4, 1), torch.randn(1, 16, 3, 3)
+    column = ColumnConv2d(conv, torch.arange(15, -1, -1))
+    for engine in engines.ENGINES:
+        made = interpreted.GatheredConv2d(column, engine)
+        equal(made, conv, x)
+        assert made.double().dense().weight.dtype == made.fused().weight.dtype == torch.float64
+
+
 def test_no_column_at_all(interpreted: ModuleType) -> None:
     nothing = ColumnConv2d(nn.Conv2d(2, 3, 3, padding=1, bias=False), torch.arange(0))
     with torch.no_grad():
@@ -120,5 +129,5 @@ def test_the_kernels_compile_for_a_gpu(engine: str, tmp_path: Path, monkeypatch:
         attrs={place[name]: [["tt.divisibility", 16]] for name in sixteen if name in place},
     )  # fmt: skip
     made = compiler.compile(source, target=target, options=engines.LAUNCH[engine]).asm["ptx"]
-    wide = {"columns": "ld.global.b16", "blocks": "ld.global.v2.b32", "fused": "wgmma.mma_async"}
+    wide = {"columns": "ld.global.b16", "blocks": "ld.global.v4.b32", "fused": "wgmma.mma_async"}
     assert wide[engine] in made

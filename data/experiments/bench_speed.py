@@ -1,13 +1,14 @@
 """Milliseconds of pruned layers and networks beside dense ones, and what the machine could do at best.
 
 Nothing is trained: weights are random, and which channels and columns go is drawn; a clock does not see the difference.
-All networks, the dense one too, are made ready by `fast.optimise` in the layout of memory that is faster for each; on a
-GPU in bf16, each replayed as a CUDA graph, on a CPU in float32. Rounds are interleaved, and the dense network runs
-twice: how far its two times differ is the noise.
+All networks, the dense one too, are made ready by `fast.optimise` in the layout of memory that is faster for each;
+single layers take what they read as they want it. On a GPU in bf16, each replayed as a CUDA graph, on a CPU in float32.
+Rounds are interleaved, and the dense network runs twice: how far its two times differ is the noise.
 
 ceilings: of a large matrix product (operations a second) and a large copy (bytes a second, read and written).
 floor_ms: of a layer by these, with every number read or written once: the longer of multiplying and moving, for columns
-the sum of both, since they are gathered into a matrix first. of_floor: floor over measured.
+the sum of both, since they are gathered into a matrix first, but where an engine is fused. of_floor: floor over
+measured. difference: of outputs, over their size, from the dense network's or the masked convolution's.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Machine:
 
     def ready(self, network: nn.Module, example: Tensor) -> fast.Ready:
         """The faster of both layouts."""
-        how: dict[str, Any] = {"dtype": self.dtype, "capture": self.gpu, "tolerance": TOLERANCE}
+        how: dict[str, Any] = {"dtype": self.dtype, "capture": self.gpu, "tolerance": TOLERANCE if self.gpu else None}
         both = {last: fast.optimise(network, example, channels_last=last, **how) for last in (False, True)}
         times = milliseconds({str(last): each for last, each in both.items()}, example, 5).median()
         return both[bool(times["True"] < times["False"])]
@@ -92,8 +93,7 @@ class Machine:
             if engine == "blocks":
                 fast.take_faster(ready, example, 5, engines.GatheredConv2d, "fused")
             fast.take_faster(ready, example, 5, engines.GatheredConv2d)
-            difference = float((ready(example) - expected).norm() / expected.norm())
-            assert difference < TOLERANCE, f"{engine}: outputs differ by {difference:.1e}"
+            ready.difference += float((ready(example) - expected).norm() / expected.norm())
             ready.capture(example)
         return ready
 
@@ -101,7 +101,13 @@ class Machine:
         """A layer in the machine's precision; on a GPU a CUDA graph on `x`, converted beforehand to this layout."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         layer = copy.deepcopy(layer).to(self.dtype, memory_format=layout)  # type: ignore[call-overload]
-        return fast.Captured(layer, x.to(self.dtype, memory_format=layout)) if self.gpu else layer
+        if not self.gpu:
+            return layer
+        read = x.to(self.dtype, memory_format=layout)
+        graph = fast.Captured(layer, read).eval()
+        graph.layer = layer  # a graph keeps nothing of what it reads
+        graph.register_buffer("read", read)
+        return graph
 
     def table(self, networks: Mapping[str, nn.Module], example: Tensor) -> pd.DataFrame:
         """`timing.measure` of the networks made ready, and how many times the first one's speed each has."""
@@ -109,8 +115,12 @@ class Machine:
         ready = {name: self.ready(network, example) for name, network in networks.items()}
         for name in [name for name in networks if self.gpu and name in TRIALS]:
             engine, *_ = TRIALS[name]
-            ready[f"{name}, {TRIALS[name][engine]}"] = self.gathered(networks[name], example, engine)
-        table = measure({**ready, f"{first}, again": ready[first]}, example, rounds=self.sizes.rounds)
+            try:
+                ready[f"{name}, {TRIALS[name][engine]}"] = self.gathered(networks[name], example, engine)
+            except RuntimeError as problem:  # on trial: what a GPU has against it is no reason to lose the others
+                print(f"{name} by {engine}, {len(example)} images: {problem}", flush=True)
+        ready[f"{first}, again"] = ready[first]
+        table = measure(ready, example, rounds=self.sizes.rounds)
         table["times"] = table["median_ms"].iloc[0] / table["median_ms"]
         table["difference"] = pd.Series({name: each.difference for name, each in ready.items()})
         return table.rename_axis("network").reset_index()
@@ -144,6 +154,7 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
         times = milliseconds({"dense": ready["dense"], "last": last}, x, 5).median()
         if times["last"] < times["dense"]:
             ready["dense"] = last
+        difference = {"dense": 0.0, "dense, again": 0.0}  # of outputs, from the masked convolution's
         for kind, kept in list(drawn.items()):
             column = ColumnConv2d(dense, kept.nonzero().flatten())
             masked = copy.deepcopy(dense)
@@ -152,19 +163,25 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
                 expected = masked(x)
                 torch.testing.assert_close(column(x), expected, rtol=1e-4, atol=1e-4)
             ready[kind] = machine.alone(column, x)
+            difference[kind] = float((ready[kind](x).float() - expected).norm() / expected.norm())
             for engine, title in TRIALS[kind].items() if machine.gpu else ():
                 one = machine.alone(engines.GatheredConv2d(column, engine), x, channels_last=engine != "columns")
-                difference = float((one(x).float() - expected).norm() / expected.norm())
-                assert difference < 0.01, f"{name}, {kind} by {engine}: differs by {difference:.1e}"
                 ready[f"{kind}, {title}"], drawn[f"{kind}, {title}"] = one, kept
+                difference[f"{kind}, {title}"] = float((one(x).float() - expected).norm() / expected.norm())
         table = measure({**ready, "dense, again": ready["dense"]}, x, rounds=machine.sizes.rounds).rename_axis("kind")
         columns = pd.Series({kind: float(drawn[kind].sum()) if kind in drawn else c * 9.0 for kind in table.index})
         places = len(x) * pixels**2
         multiply = 2 * columns * n * places / limits["operations"]
-        moved = size * (x.numel() + columns * n + n * places + (columns < c * 9) * 2 * columns * places)
-        move = moved / limits["bytes"]
-        floor = (multiply + move).where(columns < c * 9, multiply.combine(move, max)) * 1e3
-        table = table.assign(layer=name, columns=columns, floor_ms=floor, of_floor=floor / table["median_ms"])
+        matrix = (columns < c * 9) & ~columns.index.str.endswith(", fused")  # of columns, written and read
+        move = size * (x.numel() + columns * n + n * places + matrix * 2 * columns * places) / limits["bytes"]
+        floor = (multiply + move).where(matrix, multiply.combine(move, max)) * 1e3
+        table = table.assign(
+            layer=name,
+            difference=pd.Series(difference),
+            columns=columns,
+            floor_ms=floor,
+            of_floor=floor / table["median_ms"],
+        )
         parts.append(table.assign(times=table["median_ms"].iloc[0] / table["median_ms"]).reset_index())
     return pd.concat(parts, ignore_index=True)
 
@@ -251,8 +268,8 @@ def by_width(machine: Machine) -> pd.DataFrame:
     pixels = 28 * machine.sizes.pixels // 224
     x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device)
     wide = range(max(n // 64, 1) * 2, n + 1, max(n // 64, 1) * (2 if machine.gpu else 1))
-    ready = {str(w): fast.optimise(nn.Sequential(nn.Conv2d(c, w, 3, padding=1)), x, dtype=machine.dtype,
-                                   channels_last=machine.gpu, capture=machine.gpu) for w in wide}  # fmt: skip
+    convs = {str(w): nn.Conv2d(c, w, 3, padding=1).to(x.device) for w in wide}
+    ready = {w: machine.alone(conv, x, channels_last=machine.gpu) for w, conv in convs.items()}
     table = measure(ready, x, rounds=machine.sizes.rounds).rename_axis("filters").reset_index()
     return table.assign(filters=table["filters"].astype(int), inputs=c, pixels=pixels)
 
@@ -318,4 +335,4 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     record = about | {"sizes": asdict(sizes), "ceilings": limits}
     record |= {name: frame.to_dict("records") for name, frame in frames.items()}
     folder = options.root / ("build" if options.quick else "data/runs")
-    append_line(folder / "bench-speed.jsonl", json.dumps(record))
+    append_line(folder / "bench-speed.jsonl", json.dumps(record, allow_nan=False))

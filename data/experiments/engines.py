@@ -23,7 +23,7 @@ from sppkit.compact import ColumnConv2d
 ENGINES = ("columns", "blocks", "fused")
 RUNS = (32, 16, 8)  # channels
 # of a program: places, and columns or runs that share the arithmetic of these places; for `fused`: places, filters
-TILES = {"columns": (1024, 16), "blocks": (64, 8), "fused": (128, 128)}
+TILES = {"columns": (1024, 16), "blocks": (128, 8), "fused": (128, 128)}
 LAUNCH = {"columns": {"num_warps": 4}, "blocks": {"num_warps": 8}, "fused": {"num_warps": 8, "num_stages": 5}}
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
@@ -151,7 +151,7 @@ class GatheredConv2d(nn.Module):
             with_bias = weight if bias is None else torch.cat([weight, bias.detach()[:, None]], 1)
             weight = nn.functional.pad(with_bias, (0, -with_bias.shape[1] % ROWS))
         else:  # (K, O), run by run
-            order = (index // taps // self.run * taps + index % taps).argsort(stable=True)
+            order = ((index // taps // self.run * taps + index % taps) * self.run + index // taps % self.run).argsort()
             weight, first = weight[:, order].T.contiguous(), index[order][:: self.run]
             self.register_buffer("taps", (first % taps).int())
             self.register_buffer("runs", (first // taps // self.run).int())
@@ -161,11 +161,11 @@ class GatheredConv2d(nn.Module):
         self.column = (column,)  # no submodule; `fast.take_faster` asks for other forms
 
     def dense(self) -> nn.Conv2d:
-        return self.column[0].dense()
+        return self.column[0].dense().to(self.weight)
 
     def fused(self) -> nn.Module:
         """Itself where its columns go in no runs."""
-        return GatheredConv2d(self.column[0], "fused") if self.run >= 16 else self
+        return GatheredConv2d(self.column[0], "fused").to(self.weight) if self.run >= 16 else self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.engine != "columns":
