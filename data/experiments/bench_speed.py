@@ -117,7 +117,7 @@ class Machine:
             engine, *_ = TRIALS[name]
             try:
                 ready[f"{name}, {TRIALS[name][engine]}"] = self.gathered(networks[name], example, engine)
-            except RuntimeError as problem:  # on trial: what a GPU has against it is no reason to lose the others
+            except Exception as problem:  # on trial: what a GPU has against it is no reason to lose the others
                 print(f"{name} by {engine}, {len(example)} images: {problem}", flush=True)
         ready[f"{first}, again"] = ready[first]
         table = measure(ready, example, rounds=self.sizes.rounds)
