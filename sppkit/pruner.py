@@ -40,8 +40,8 @@ def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str 
     >>> import torchvision
     >>> from sppkit.compact import compact
     >>> from sppkit.cost import flop_ratio
-    >>> network, x = torchvision.models.resnet18(num_classes=3), torch.randn(4, 3, 32, 32)
-    >>> pruner = attach(network, x, flop_ratio=2, interval=1, A=0.9)
+    >>> network, x = torchvision.models.squeezenet1_1(num_classes=3), torch.randn(4, 3, 32, 32)
+    >>> pruner = attach(network, x, flop_ratio=2, interval=1, A=0.5)
     >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     >>> while not pruner.finished:
     ...     pruner.before()
