@@ -33,7 +33,7 @@ def masked(channels: int, run: int, seed: int, **how: int) -> tuple[nn.Conv2d, C
     return conv, ColumnConv2d(conv, flat.nonzero().flatten())
 
 
-def equal(engine: nn.Module, conv: nn.Module, x: Tensor, layouts: tuple[int, ...] = (0, 1, 2)) -> None:
+def assert_equal(engine: nn.Module, conv: nn.Module, x: Tensor, layouts: tuple[int, ...] = (0, 1, 2)) -> None:
     """In these layouts: plain, channels last, and channels first of all."""
     laid = (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1))
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_the_kernels_compute_what_the_masked_convolution_does(
         how = {"stride": stride, "padding": padding, "dilation": dilation, "bias": padding == 1}
         conv, column = masked(32 if run > 1 else 3, run, seed=stride + 10 * padding, **how)
         layout = (stride + padding + dilation) % 3  # each with every engine
-        equal(interpreted.GatheredConv2d(column, engine), conv, x[:, : conv.in_channels], (layout,))
+        assert_equal(interpreted.GatheredConv2d(column, engine), conv, x[:, : conv.in_channels], (layout,))
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
@@ -64,7 +64,7 @@ def test_more_places_runs_and_filters_than_a_program_has(interpreted: ModuleType
     conv, x = nn.Conv2d(channels, 40, 3, padding=1, bias=False), torch.randn(2, channels, 5, 7)
     assert places < 2 * 5 * 7
     assert many < (40 if engine == "fused" else 9)
-    equal(interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(9 * channels)), engine), conv, x)
+    assert_equal(interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(9 * channels)), engine), conv, x)
 
 
 def test_the_order_of_columns_and_later_conversions_change_nothing(interpreted: ModuleType) -> None:
@@ -72,7 +72,7 @@ def test_the_order_of_columns_and_later_conversions_change_nothing(interpreted: 
     column = ColumnConv2d(conv, torch.arange(15, -1, -1))
     for engine in engines.ENGINES:
         made = interpreted.GatheredConv2d(column, engine)
-        equal(made, conv, x)
+        assert_equal(made, conv, x)
         assert made.double().dense().weight.dtype == made.fused().weight.dtype == torch.float64
 
 

@@ -93,7 +93,7 @@ class Machine:
             if engine == "blocks":
                 fast.take_faster(ready, example, 5, engines.GatheredConv2d, "fused")
             fast.take_faster(ready, example, 5, engines.GatheredConv2d)
-            ready.difference += float((ready(example) - expected).norm() / expected.norm())
+            ready.difference += _apart(ready(example), expected)
             ready.capture(example)
         return ready
 
@@ -163,11 +163,11 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
                 expected = masked(x)
                 torch.testing.assert_close(column(x), expected, rtol=1e-4, atol=1e-4)
             ready[kind] = machine.alone(column, x)
-            difference[kind] = float((ready[kind](x).float() - expected).norm() / expected.norm())
+            difference[kind] = _apart(ready[kind](x), expected)
             for engine, title in TRIALS[kind].items() if machine.gpu else ():
                 one = machine.alone(engines.GatheredConv2d(column, engine), x, channels_last=engine != "columns")
                 ready[f"{kind}, {title}"], drawn[f"{kind}, {title}"] = one, kept
-                difference[f"{kind}, {title}"] = float((one(x).float() - expected).norm() / expected.norm())
+                difference[f"{kind}, {title}"] = _apart(one(x), expected)
         table = measure({**ready, "dense, again": ready["dense"]}, x, rounds=machine.sizes.rounds).rename_axis("kind")
         columns = pd.Series({kind: float(drawn[kind].sum()) if kind in drawn else c * 9.0 for kind in table.index})
         places = len(x) * pixels**2
@@ -293,6 +293,10 @@ def goals(single: pd.DataFrame, nets: pd.DataFrame, machine: Machine) -> pd.Data
         wanted += [("ResNet-50 at 2, channels and samplers", net["ResNet-50", "channels"], 1.3)]
     frame = pd.DataFrame(wanted, columns=["what", "times", "at_least"])
     return frame.assign(met=frame["times"] >= frame["at_least"])
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
 
 
 def _fastest(name: str) -> str:

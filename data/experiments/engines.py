@@ -156,7 +156,7 @@ class GatheredConv2d(nn.Module):
             self.register_buffer("taps", (first % taps).int())
             self.register_buffer("runs", (first // taps // self.run).int())
         self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        self.bias = None if bias is None or engine == "columns" else nn.Parameter(bias.detach())
         self.register_buffer("index", index.int())
         self.column = (column,)  # no submodule; `fast.take_faster` asks for other forms
 
