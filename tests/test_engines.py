@@ -42,7 +42,7 @@ def assert_equal(engine: nn.Module, conv: nn.Module, x: Tensor, layouts: tuple[i
 
 
 MOVES = [*itertools.product((1, 2), (0, 1, 2), (1, 2))]
-FORMS = [("columns", 1), ("blocks", 8), ("blocks", 16), ("blocks", 32), ("fused", 16), ("fused", 32)]
+FORMS = [("columns", 1), ("blocks", 8), ("blocks", 16), ("blocks", 32), ("fused", 8), ("fused", 16), ("fused", 32)]
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), MOVES)
@@ -119,7 +119,8 @@ def test_the_kernels_compile_for_a_gpu(engine: str, tmp_path: Path, monkeypatch:
     target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, (places, many) = getattr(engines, f"_{engine}"), engines.TILES[engine]
-    constants = {"KH": 3, "KW": 3, "RUN": 16, "PLACES": places, "COUNT": many, "FILTERS": many}
+    constants = {"KH": 3, "KW": 3, "RUN": 16, "PLACES": places}
+    constants |= {"COUNT": many, "FILTERS": many, "STEP": engines.STEP}
     pointers = {"index": "*i32", "run": "*i32", "taps": "*i32"} | dict.fromkeys(
         ("x", "read", "weight", "bias", "out"), "*bf16"
     )
@@ -133,3 +134,4 @@ def test_the_kernels_compile_for_a_gpu(engine: str, tmp_path: Path, monkeypatch:
     made = compiler.compile(source, target=target, options=engines.LAUNCH[engine]).asm["ptx"]
     wide = {"columns": "ld.global.b16", "blocks": "ld.global.v4.b32", "fused": "wgmma.mma_async"}
     assert wide[engine] in made
+    assert engine != "fused" or ("cp.async.cg.shared.global" in made and "ld.global.b16" not in made)  # 16 bytes

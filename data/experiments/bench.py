@@ -1,6 +1,6 @@
 """Training speed: the captured step beside the eager one and beside a step that prunes, in one run.
 
-`bench channels` is about channel pruning instead, `bench speed` about pruned networks: `bench_channels`, `bench_speed`.
+Others are about channel pruning, pruned networks and recorded ones: `bench_channels`, `bench_speed`, `bench_runs`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import bench_channels
+import bench_runs
 import bench_speed
 import pandas as pd
 import torch
@@ -74,14 +75,15 @@ def training_speed(
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """`python -m sppkit bench`, `bench channels`, `bench speed`."""
-    others: dict[str, Any] = {"channels": bench_channels, "speed": bench_speed}
+    """`python -m sppkit bench`, `bench channels`, `bench speed`, `bench runs`."""
+    others: dict[str, Any] = {"channels": bench_channels, "speed": bench_speed, "runs": bench_runs}
     if arguments and (other := others.get(arguments[0])):
         parser.prog, parser.description = f"{parser.prog} {arguments[0]}", other.__doc__
         other.main(parser, arguments[1:])
         return
     parser.epilog = (
-        "bench channels: how fast channels are pruned; bench speed: how fast pruned networks are; each has --help"
+        "bench channels: how fast channels are pruned; bench speed: how fast pruned networks are; "
+        "bench runs: the same of those that recorded runs left; each has --help"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dataset", default="cifar10", help="cifar10, or digits where that is absent")

@@ -24,6 +24,7 @@ from typing import Any
 
 import channels
 import engines
+import numpy as np
 import pandas as pd
 import torch
 import torchvision
@@ -36,6 +37,7 @@ from training.data import device_name, resolve_device
 
 from sppkit import cost, cp, fast
 from sppkit.compact import ColumnConv2d, compact, convolutions
+from sppkit.groups import Groups
 from sppkit.plan import make_plan
 from sppkit.timing import measure, milliseconds
 
@@ -75,6 +77,27 @@ class Machine:
     @property
     def gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @classmethod
+    def of(cls, device: torch.device, sizes: Sizes) -> Machine:
+        return cls(device, torch.bfloat16 if device.type == "cuda" else torch.float32, sizes)
+
+    def about(self, experiment: str, given: str | None) -> dict[str, Any]:
+        """The beginning of a record, printed; `given` is the source's revision, if git is not to be asked."""
+        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        about: dict[str, Any] = {
+            "device": device_name(self.device),
+            "cpu": device_name(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            **versions,
+            "python": platform.python_version(),
+            "revision": given or revision(),
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "mode": "captured" if self.gpu else "eager",
+        }
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
+        return {"schema": 1, "experiment": experiment, **about}
 
     def ready(self, network: nn.Module, example: Tensor) -> fast.Ready:
         """The faster of both layouts."""
@@ -195,8 +218,13 @@ def _drawn(channels: int, block: int) -> Tensor:
 
 def fewer_channels(network: nn.Module, example: Tensor, flop_ratio: float, *, multiple: int = 1) -> nn.Module:
     """Random channels gone, the same share of each layer's, widths in multiples; samplers where inputs are shared."""
+    return with_widths(network, cp.widths(network, example, flop_ratio, multiple=multiple))
+
+
+def with_widths(network: nn.Module, keep: Mapping[str, int]) -> nn.Module:
+    """Random input channels gone, so many kept by layer."""
     masked, generator = copy.deepcopy(network), torch.Generator().manual_seed(0)
-    for name, width in cp.widths(network, example, flop_ratio, multiple=multiple).items():
+    for name, width in keep.items():
         weight = convolutions(masked)[name].weight.data
         weight[:, torch.randperm(weight.shape[1], generator=generator)[width:]] = 0
     return compact(masked, columns=False)
@@ -205,13 +233,19 @@ def fewer_channels(network: nn.Module, example: Tensor, flop_ratio: float, *, mu
 def fewer_columns(network: nn.Module, example: Tensor, flop_ratio: float, *, kind: str = "column") -> nn.Module:
     """Random groups gone, the same share of each layer's."""
     plan, generator = make_plan(network, example, flop_ratio=flop_ratio, kind=kind), torch.Generator().manual_seed(0)
-    masked = copy.deepcopy(network)
+    gone = np.zeros(plan.groups.count, dtype=bool)
     for name, target in plan.targets.items():
-        gone = torch.zeros(plan.groups.sizes[name], dtype=torch.bool)
-        gone[torch.randperm(len(gone), generator=generator)[:target]] = True
-        weight = convolutions(masked)[name].weight.data
-        column = plan.groups.columns[name] - plan.groups.slices[name].start  # group of each column
-        weight.masked_fill_(gone[plan.groups.spread(column, weight).long()], 0)
+        gone[plan.groups.slices[name]][torch.randperm(plan.groups.sizes[name], generator=generator)[:target]] = True
+    return without_groups(network, plan.groups, gone)
+
+
+def without_groups(network: nn.Module, groups: Groups, gone: np.ndarray) -> nn.Module:
+    """What `compact` leaves of a network without the groups `gone` (G,)."""
+    masked, gone = copy.deepcopy(network), np.append(gone, False)
+    for name in groups.modules:
+        weight = masked.get_parameter(f"{name}.weight").data
+        for ids, rows in ((groups.rows[name], True), (groups.columns[name], False)):
+            weight.masked_fill_(groups.spread(gone[ids], weight, rows=rows), 0)
     return compact(masked)
 
 
@@ -317,16 +351,8 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     device = resolve_device(options.device)
     sizes = QUICK if options.quick else FULL[device.type]
-    machine = Machine(device, torch.bfloat16 if device.type == "cuda" else torch.float32, sizes)
-    about: dict[str, Any] = {"schema": 1, "experiment": "bench-speed", "device": device_name(device)}
-    about |= {"cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {"torchvision": torchvision.__version__, "python": platform.python_version()}
-    about |= {
-        "revision": options.revision or revision(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-    about |= {"precision": str(machine.dtype).removeprefix("torch."), "mode": "captured" if machine.gpu else "eager"}
-    print(", ".join(f"{name} {value}" for name, value in about.items() if name not in ("schema", "experiment")))
+    machine = Machine.of(device, sizes)
+    about = machine.about("bench-speed", options.revision)
     limits = ceilings(machine)
     print(", ".join(f"{name} {value:.3g}/s" for name, value in limits.items()))
     frames = {"layers": layers(machine, limits)}

@@ -111,7 +111,13 @@ def smaller(network: nn.Module, data: ImageData, plan: Experiment) -> Smaller:
             thin, table = factorise(network, images, **how, **settings)
             return thin, None, {"layers": table.to_dict("records")}
         if plan.method == "depgraph":
-            return depgraph(network, images, plan.flop_ratio), None, {"layers": []}
+            thin = depgraph(network, images, plan.flop_ratio)
+            shapes = {
+                name: (weight.shape, thin.get_parameter(name).shape) for name, weight in network.named_parameters()
+            }
+            layers = [{"layer": name.removesuffix(".weight"), "channels": old[1], "kept": new[1], "outputs": new[0]}
+                      for name, (old, new) in shapes.items() if len(old) > 1]  # fmt: skip
+            return thin, None, {"layers": layers}
         keep = widths(fold(network)[0], images, plan)
         if plan.method == "cp":
             settings = {

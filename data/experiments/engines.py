@@ -6,7 +6,7 @@ The package reads them through torch's indexing, which is made for any index. He
               it lies, and what comes out lies as (O, B, Ho, Wo), which the next such layer reads in turn
     blocks    gathers runs of 8, 16 or 32 neighbouring channels of one tap, of an input in channels-last, into a matrix
               (places, K) for the library's GEMM; what comes out is in channels-last
-    fused     multiplies such runs, of 16 or 32, while it reads them: no matrix is written
+    fused     multiplies such runs while it reads them: no matrix is written
 
 Padding is never copied: each place of the output knows as bits which of its taps lie inside. `bench_speed` times them.
 """
@@ -25,6 +25,7 @@ RUNS = (32, 16, 8)  # channels
 # of a program: places, and columns or runs that share the arithmetic of these places; for `fused`: places, filters
 TILES = {"columns": (1024, 16), "blocks": (128, 8), "fused": (128, 128)}
 LAUNCH = {"columns": {"num_warps": 4}, "blocks": {"num_warps": 8}, "fused": {"num_warps": 8, "num_stages": 5}}
+STEP = 64  # columns that `fused` multiplies at once
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
     import triton
@@ -85,20 +86,23 @@ else:
     def _fused(  # type: ignore[no-untyped-def]
         x, run, taps, weight, bias, out, runs, places, filters, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh,
         dw, KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
+        STEP: tl.constexpr,
     ):  # fmt: skip
-        parts, channel = (filters + FILTERS - 1) // FILTERS, tl.arange(0, RUN)
+        parts, column = (filters + FILTERS - 1) // FILTERS, tl.arange(0, STEP)
         part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
         n = part * FILTERS + tl.arange(0, FILTERS)
         total = tl.full((PLACES, FILTERS), 0.0, tl.float32)
-        for r in range(runs):
-            tap = tl.load(taps + r)
-            offset = tl.load(run + r) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
-            there = (inside >> tap) & 1 == 1
-            a = tl.load(x + (base + offset)[:, None] + channel[None, :], mask=there[:, None], other=0)
-            b = tl.load(
-                weight + (r * RUN + channel)[:, None] * filters + n[None, :], mask=n[None, :] < filters, other=0
-            )
+        for first in range(0, runs * RUN, STEP):
+            k = first + column
+            r = k // RUN
+            tap = tl.load(taps + r, mask=r < runs, other=63)  # 63: nowhere
+            offset = tl.load(run + r, mask=r < runs, other=0) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
+            offset = tl.max_contiguous(tl.multiple_of(offset + column % RUN, RUN), RUN)  # so that vectors are read
+            there = tl.max_constancy((inside[:, None] >> tap[None, :]) & 1 == 1, (1, RUN))
+            a = tl.load(x + (base[:, None] + offset[None, :]), mask=there, other=0)
+            known = (r < runs)[:, None] & (n < filters)[None, :]
+            b = tl.load(weight + k[:, None] * filters + n[None, :], mask=known, other=0)
             total = tl.dot(a, b, total, input_precision="ieee")
         total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
         to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
@@ -140,7 +144,7 @@ class GatheredConv2d(nn.Module):
             raise ValueError(f"padding_mode={column.padding_mode!r} is not gathered; only zeros are")
         if engine not in ENGINES or taps > 63:
             raise ValueError(f"engine={engine!r}, kernel {kh} x {kw}: one of {', '.join(ENGINES)}, of at most 63 taps")
-        if self.run < {"columns": 1, "blocks": 8, "fused": 16}[engine]:
+        if engine != "columns" and self.run == 1:
             raise ValueError(f"engine={engine!r} is for blocks of channels, and these columns go in {self.run}s")
         if triton is None:
             raise RuntimeError("Triton is not installed; torch's builds for CUDA on Linux bring it")
@@ -165,7 +169,7 @@ class GatheredConv2d(nn.Module):
 
     def fused(self) -> nn.Module:
         """Itself where its columns go in no runs."""
-        return GatheredConv2d(self.column[0], "fused").to(self.weight) if self.run >= 16 else self
+        return GatheredConv2d(self.column[0], "fused").to(self.weight) if self.run > 1 else self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.engine != "columns":
@@ -203,7 +207,7 @@ class GatheredConv2d(nn.Module):
         filters, (most, wide), kernel = self.weight.shape[1], TILES["fused"], globals()["_fused"]
         bias = x.new_zeros(filters) if self.bias is None else self.bias
         y, grid = x.new_empty(sizes[0], filters), (triton.cdiv(filters, wide) * triton.cdiv(sizes[0], most),)
-        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, **LAUNCH["fused"]}
+        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, "STEP": STEP, **LAUNCH["fused"]}
         given = (x, self.runs, self.taps, self.weight, bias, y, len(self.runs), sizes[0], filters)
         kernel[grid](*given, *sizes[1:], *rest, **how)
         return y
