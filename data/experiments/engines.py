@@ -23,8 +23,8 @@ from sppkit.compact import ColumnConv2d
 ENGINES = ("columns", "blocks", "fused")
 RUNS = (32, 16, 8)  # channels
 # of a program: places, and columns or runs that share the arithmetic of these places; for `fused`: places, filters
-TILES = {"columns": (1024, 16), "blocks": (128, 8), "fused": (128, 128)}
-LAUNCH = {"columns": {"num_warps": 4}, "blocks": {"num_warps": 8}, "fused": {"num_warps": 8, "num_stages": 5}}
+TILES = {"columns": (1024, 16), "blocks": (128, 8), "fused": (64, 256)}
+LAUNCH = {"columns": {"num_warps": 4}, "blocks": {"num_warps": 8}, "fused": {"num_warps": 4, "num_stages": 4}}
 STEP = 64  # columns that `fused` multiplies at once
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
