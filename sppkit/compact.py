@@ -34,9 +34,16 @@ class SampledConv2d(nn.Conv2d):
         self.weight = nn.Parameter(conv.weight.detach()[:, kept].clone())
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.register_buffer("index", _channels(conv)[kept])
+        self.source_channels = getattr(conv, "source_channels", conv.in_channels)  # of the input that others read too
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.index_select(1, self.index))
+        last = x.is_contiguous(memory_format=torch.channels_last)  # the layout stays as it is
+        read = x.movedim(1, 3).index_select(3, self.index).movedim(3, 1) if last else x.index_select(1, self.index)
+        return super().forward(read)
+
+    def dense(self) -> nn.Conv2d:
+        """The convolution that it is, zeros for channels that it does not read."""
+        return ColumnConv2d(self, torch.arange(self.weight[0].numel(), device=self.index.device)).dense()
 
 
 def _channels(conv: nn.Conv2d) -> Tensor:
@@ -55,7 +62,8 @@ class ColumnConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, kept: Tensor) -> None:
         super().__init__()
-        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.in_channels = getattr(conv, "source_channels", conv.in_channels)
+        self.out_channels, self.kernel_size = conv.out_channels, conv.kernel_size
         self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv._reversed_padding_repeated_twice
         self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -71,8 +79,7 @@ class ColumnConv2d(nn.Module):
         channel, tap = self.index // (kh * kw), self.index % (kh * kw)
         read = windows[:, channel, :, :, tap // kw, tap % kw]  # (K, B, Ho, Wo)
         y = self.weight @ read.flatten(1)  # (O, K) @ (K, B*Ho*Wo)
-        if self.bias is not None:
-            y = y + self.bias[:, None]
+        y = y if self.bias is None else y + self.bias[:, None]
         return y.unflatten(1, read.shape[1:]).transpose(0, 1)  # (B, O, Ho, Wo)
 
     def dense(self) -> nn.Conv2d:
@@ -168,11 +175,7 @@ def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False
 
 
 def channel_links(network: nn.Module) -> dict[str, str]:
-    """Consumer convolution -> its producer, where input channels can be dropped together with the producer's filters.
-
-    >>> channel_links(nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.Conv2d(8, 4, 3)))
-    {'2': '0'}
-    """
+    """Consumer convolution -> its producer, where input channels can be dropped with the producer's filters."""
     found, convs = flows(network).items(), convolutions(network)
     chains = {name: flow.consumers[0] for name, flow in found if len(flow.consumers) == 1 and not flow.mixed}
     return {consumer: name for name, consumer in chains.items() if consumer in convs}

@@ -1,7 +1,6 @@
 """A network made ready to run, dense or compact: one call, so that both are measured at their best.
 
-BatchNorms are folded, and each `ColumnConv2d` is put against a dense convolution on the device at hand: columns save
-multiplications and cost a gather, and where the gather costs more the dense one stands in for it.
+BatchNorms are folded, and where reading single columns or channels costs more than it saves, a dense layer stands in.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sppkit.compact import ColumnConv2d
+from sppkit.compact import ColumnConv2d, SampledConv2d
 from sppkit.graph import fold
 from sppkit.timing import milliseconds
 
-ENGINES = ("measured", "columns", "dense")
+ENGINES, OWN = ("measured", "columns", "dense"), (ColumnConv2d, SampledConv2d)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
@@ -34,7 +33,7 @@ def optimise(
     """A copy for inference on the device of `example` (B, C, H, W), which it is measured and checked with.
 
     dtype, channels_last: of weights and inputs; a call takes float32 images in any layout.
-    engine: of column convolutions; "measured" takes what is faster in the median of `rounds`, layer by layer.
+    engine: of columns and samplers; "measured" takes what is faster in the median of `rounds`, layer by layer.
     capture: as one CUDA graph, for batches of the shape of `example` only; a call overwrites the last one's output.
     tolerance: of the outputs' difference over their size, both norms, `difference` of the result; by precision.
     Raises ValueError for an engine, precision or device that cannot be, RuntimeError if outputs differ more.
@@ -108,13 +107,11 @@ class Captured(nn.Module):
         return self.output
 
 
-def take_faster(ready: Ready, example: Tensor, rounds: int, kind: Any = ColumnConv2d, form: str = "dense") -> None:
+def take_faster(ready: Ready, example: Tensor, rounds: int, kind: Any = OWN, form: str = "dense") -> None:
     """Replace modules of a `kind` by another of their forms where that is faster; rounds = 0: everywhere."""
     found = {name: m for name, m in ready.network.named_modules() if isinstance(m, kind)}
-    # a padding that differs from side to side has no dense form
-    columns = {name: m for name, m in found.items() if not rounds or m.padding[::2] == m.padding[1::2]}
-    inputs = dict[str, Tensor]()
-    names = {module: name for name, module in columns.items()}
+    columns = {n: m for n, m in found.items() if not rounds or m.padding[::2] == m.padding[1::2]}  # or no dense form
+    inputs, names = dict[str, Tensor](), {module: name for name, module in columns.items()}
     hooks = [m.register_forward_pre_hook(lambda m, x: inputs.update({names[m]: x[0].detach().clone()})) for m in names]
     ready(example)
     for hook in hooks:

@@ -153,9 +153,15 @@ def test_the_way_of_a_gpu_through_the_benchmark(
     found = machine.table(nets, image).set_index("network")
     assert [*found.index] == [*nets, "columns, gathered", "blocks of 16, gathered", "dense, again"]
     assert (found["difference"] < 1e-4).all()
+    assert (found["layers_ms"] > 0).all()
+    assert (
+        found["form"]
+        .isin([f"{layout}{inside}" for layout in ("NCHW", "NHWC") for inside in ("", ", ReLU inside")])
+        .all()
+    )
     assert (table["difference"] < 1e-4).all()
     sound = bench.engines.GatheredConv2d.forward
-    monkeypatch.setattr(bench.engines.GatheredConv2d, "forward", lambda self, x: 1.05 * sound(self, x))
+    monkeypatch.setattr(bench.engines.GatheredConv2d, "forward", lambda self, x, **how: 1.05 * sound(self, x, **how))
     monkeypatch.setattr(fast, "take_faster", lambda *_: None)
     wrong = machine.table(nets, image).set_index("network")["difference"]
     assert (wrong[["columns, gathered", "blocks of 16, gathered"]] > 0.01).all()

@@ -417,3 +417,30 @@ def test_a_sampled_network_can_be_pruned_and_compacted_again() -> None:
     assert isinstance(thrice.read, ColumnConv2d)
     assert 5 * 9 + 1 not in thrice.read.index
     assert len(thrice.read.index) == 26
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_sampler_keeps_the_layout_of_what_it_reads(layout: torch.memory_format) -> None:
+    conv, x = nn.Conv2d(8, 5, 3, padding=(1, 0), stride=2), torch.randn(2, 8, 9, 7)
+    kept = torch.tensor([1, 2, 6])
+    sampled = SampledConv2d(conv, kept)
+    with torch.no_grad():
+        conv.weight[:, [0, 3, 4, 5, 7]] = 0
+        read = x.to(memory_format=layout)
+        torch.testing.assert_close(sampled(read), conv(x), rtol=1e-5, atol=1e-5)
+        assert sampled(read).is_contiguous(memory_format=layout)
+
+
+def test_the_dense_form_of_a_sampler_reads_every_channel() -> None:
+    conv, x = nn.Conv2d(8, 5, 3, padding=1), torch.randn(2, 8, 9, 7)
+    once = SampledConv2d(conv, torch.tensor([0, 2, 3, 7]))
+    twice = SampledConv2d(once, torch.tensor([1, 3]))  # channels 2 and 7
+    for sampled, kept in ((once, [0, 2, 3, 7]), (twice, [2, 7])):
+        dense = sampled.dense()
+        assert dense.weight.shape == (5, 8, 3, 3)
+        assert dense.weight.ne(0).any(0).flatten(1).any(1).nonzero().flatten().tolist() == kept
+        with torch.no_grad():
+            torch.testing.assert_close(dense(x), sampled(x), rtol=1e-5, atol=1e-5)
+    columns = ColumnConv2d(once, torch.arange(0, 36, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(columns.dense()(x), columns(x), rtol=1e-5, atol=1e-5)

@@ -11,8 +11,10 @@ import engines
 import pytest
 import torch
 from torch import Tensor, nn
+from training import networks
 
 from sppkit.compact import ColumnConv2d
+from sppkit.graph import fold
 
 
 @pytest.fixture
@@ -96,6 +98,28 @@ def test_a_network_of_them(interpreted: ModuleType, engine: str) -> None:
     torch.testing.assert_close(network[2].dense()(torch.ones(1, 32, 3, 3)), columns[1](torch.ones(1, 32, 3, 3)))
 
 
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_relu_goes_with_its_layer(interpreted: ModuleType, engine: str) -> None:
+    _, column = masked(32, 16, seed=5)
+    made, x = interpreted.GatheredConv2d(column, engine), torch.randn(2, 32, 6, 5)
+    with torch.no_grad():
+        expected = column(x).relu()
+        torch.testing.assert_close(interpreted.Rectified(made)(x), expected, rtol=1e-5, atol=1e-5)
+    assert 0.2 < float((expected == 0).float().mean()) < 0.8
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg16-bn", "torchvision/resnet50"])
+def test_networks_with_relus_in_their_layers(name: str) -> None:
+    """As many ReLUs go as have a convolution of their own in front: those after a sum stay."""
+    network, x = networks.create(name).eval(), torch.randn(1, 3, 32, 32)
+    folded = fold(network)[0]
+    made = engines.rectified(folded)
+    layers = [module for module in made.modules() if isinstance(module, engines.Rectified)]
+    assert len(layers) == {"resnet20": 10, "vgg16-bn": 13, "torchvision/resnet50": 33}[name]
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), network(x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     column = ColumnConv2d(nn.Conv2d(3, 4, 3), torch.arange(9))
     reflected = ColumnConv2d(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), torch.arange(9))
@@ -120,7 +144,7 @@ def test_the_kernels_compile_for_a_gpu(engine: str, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, (places, many) = getattr(engines, f"_{engine}"), engines.TILES[engine]
     constants = {"KH": 3, "KW": 3, "RUN": 16, "PLACES": places}
-    constants |= {"COUNT": many, "FILTERS": many, "STEP": engines.STEP}
+    constants |= {"COUNT": many, "FILTERS": many, "STEP": engines.STEP, "RELU": True}
     pointers = {"index": "*i32", "run": "*i32", "taps": "*i32"} | dict.fromkeys(
         ("x", "read", "weight", "bias", "out"), "*bf16"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training import networks
 
 from sppkit import fast, timing
-from sppkit.compact import ColumnConv2d, compact
+from sppkit.compact import ColumnConv2d, SampledConv2d, compact
 
 
 @pytest.fixture
@@ -92,9 +92,28 @@ def test_the_faster_engine_stays_layer_by_layer(images: Tensor, monkeypatch: pyt
 
     monkeypatch.setattr(fast, "milliseconds", clock)
     ready = fast.optimise(small, images)
-    assert len(seen) == len(columns(small))
-    assert len(columns(ready)) == -(-len(seen) // 2)
+    taken, left = ([m for m in net.modules() if isinstance(m, fast.OWN)] for net in (small, ready))
+    assert len(seen) == len(taken) > len(columns(small)) > 10
+    assert len(left) == -(-len(seen) // 2)
     assert {shape[0] for shape in seen} == {4}
+
+
+def test_a_dense_layer_stands_in_for_a_sampler_that_costs_more(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = trained("resnet20-projection")
+    for name, conv in timing.convolutions(network).items():
+        if name.endswith("conv1") and name != "conv1":
+            conv.weight.data[:, ::2] = 0
+    small = compact(network)
+    samplers = [name for name, module in small.named_modules() if isinstance(module, SampledConv2d)]
+    assert len(samplers) > 5
+    frame = {"old": [2.0], "new": [1.0]}
+    monkeypatch.setattr(fast, "milliseconds", lambda *_: pd.DataFrame(frame))
+    ready = fast.optimise(small, images)
+    assert not any(isinstance(module, SampledConv2d) for module in ready.modules())
+    torch.testing.assert_close(ready(images), network(images), rtol=1e-4, atol=1e-4)
+    frame["new"] = [3.0]
+    kept = [name for name, m in fast.optimise(small, images).network.named_modules() if isinstance(m, SampledConv2d)]
+    assert kept == samplers
 
 
 @pytest.mark.parametrize("padding", [0, 2, "same"])

@@ -71,7 +71,11 @@ def ready(machine: Machine, network: nn.Module, example: Tensor) -> fast.Ready:
     made = machine.ready(network, example)
     runs = any(isinstance(module, ColumnConv2d) for module in network.modules())
     for engine in ("columns", "blocks") if runs and machine.gpu else ():
-        other = machine.gathered(network, example, engine)
+        try:
+            other = machine.gathered(network, example, engine)
+        except Exception as problem:  # on trial
+            print(f"by {engine}, {len(example)} images: {problem}", flush=True)
+            continue
         times = milliseconds({"made": made, "other": other}, example, 5).median()
         made = other if times["other"] < times["made"] else made
     return made
@@ -106,14 +110,15 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """`python -m sppkit bench runs`: prints tables and appends a record to data/runs, of --quick to build/."""
     parser.add_argument("names", nargs="+", help="of experiments that are recorded in data/runs")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--quick", action="store_true", help="one seed, two rounds, to see that it runs")
+    parser.add_argument("--seed", type=int, help="only the runs of this seed: others leave networks much like them")
+    parser.add_argument("--quick", action="store_true", help="two rounds, to see that it runs; recorded in build/")
     parser.add_argument("--revision", help="recorded as the source's revision; git is asked otherwise")
     options = parser.parse_args(arguments)
     device = resolve_device(options.device)
     machine = Machine.of(device, replace(QUICK if options.quick else FULL[device.type], pixels=32))
     known = options.root / "data" / "runs"
     records = [record for name in options.names for record in lines(known / f"{name}.jsonl")]
-    records = [r for r in records if r["method"] != "baseline" and not (options.quick and r["seed"])]
+    records = [r for r in records if r["method"] != "baseline" and options.seed in (None, r["seed"])]
     if not records:
         raise ValueError(f"{', '.join(options.names)}: no runs of these in {known}; `python -m sppkit run` makes them")
     about = machine.about("bench-runs", options.revision)

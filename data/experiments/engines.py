@@ -7,6 +7,7 @@ The package reads them through torch's indexing, which is made for any index. He
     blocks    gathers runs of 8, 16 or 32 neighbouring channels of one tap, of an input in channels-last, into a matrix
               (places, K) for the library's GEMM; what comes out is in channels-last
     fused     multiplies such runs while it reads them: no matrix is written
+    Rectified a layer and the ReLU after it: the output is written once, by cuDNN, the GEMM or `fused`
 
 Padding is never copied: each place of the output knows as bits which of its taps lie inside. `bench_speed` times them.
 """
@@ -16,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from sppkit.compact import ColumnConv2d
+from sppkit.compact import ColumnConv2d, SampledConv2d, trace
 
 ENGINES = ("columns", "blocks", "fused")
 RUNS = (32, 16, 8)  # channels
@@ -26,6 +27,7 @@ RUNS = (32, 16, 8)  # channels
 TILES = {"columns": (1024, 16), "blocks": (128, 8), "fused": (64, 256)}
 LAUNCH = {"columns": {"num_warps": 4}, "blocks": {"num_warps": 8}, "fused": {"num_warps": 4, "num_stages": 4}}
 STEP = 64  # columns that `fused` multiplies at once
+RELUS = (nn.functional.relu, torch.relu)
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
     import triton
@@ -86,7 +88,7 @@ else:
     def _fused(  # type: ignore[no-untyped-def]
         x, run, taps, weight, bias, out, runs, places, filters, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh,
         dw, KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
-        STEP: tl.constexpr,
+        STEP: tl.constexpr, RELU: tl.constexpr,
     ):  # fmt: skip
         parts, column = (filters + FILTERS - 1) // FILTERS, tl.arange(0, STEP)
         part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
@@ -105,6 +107,7 @@ else:
             b = tl.load(weight + k[:, None] * filters + n[None, :], mask=known, other=0)
             total = tl.dot(a, b, total, input_precision="ieee")
         total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
+        total = tl.maximum(total, 0.0) if RELU else total
         to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[:, None] & (n < filters)[None, :])
 
@@ -171,7 +174,7 @@ class GatheredConv2d(nn.Module):
         """Itself where its columns go in no runs."""
         return GatheredConv2d(self.column[0], "fused").to(self.weight) if self.run > 1 else self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         if self.engine != "columns":
             x = x.contiguous(memory_format=torch.channels_last)
         B, _, H, W = x.shape
@@ -183,8 +186,9 @@ class GatheredConv2d(nn.Module):
         sizes: tuple[Any, ...] = (B * Ho * Wo, H, W, Ho, Wo)
         if self.engine == "columns":
             y = self._by_columns(x, sizes, (sB, sC, sH, sW, *tail))
+            y = y.relu_() if relu else y
             return y.unflatten(1, (B, Ho, Wo)).transpose(0, 1)  # (B, O, Ho, Wo)
-        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, sizes, (sB, sH, sW, *tail))
+        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, sizes, (sB, sH, sW, *tail), relu)
         return y.unflatten(0, (B, Ho, Wo)).permute(0, 3, 1, 2)
 
     def _by_columns(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
@@ -195,22 +199,62 @@ class GatheredConv2d(nn.Module):
             kernel[grid](x, self.index, read, K, rows, *sizes, *rest, **how)
         return self.weight @ read
 
-    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], relu: bool) -> Tensor:
         runs, (most, count), kernel = len(self.runs), TILES["blocks"], globals()["_blocks"]
         read = x.new_empty(sizes[0], runs * self.run)
         grid = (triton.cdiv(runs, count) * triton.cdiv(sizes[0], most),)
         how = {"RUN": self.run, "PLACES": most, "COUNT": count, **LAUNCH["blocks"]}
         kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, **how)
-        return read @ self.weight if self.bias is None else torch.addmm(self.bias, read, self.weight)
+        bias = x.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
+        return (torch._addmm_activation if relu else torch.addmm)(bias, read, self.weight)
 
-    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], relu: bool) -> Tensor:
         filters, (most, wide), kernel = self.weight.shape[1], TILES["fused"], globals()["_fused"]
         bias = x.new_zeros(filters) if self.bias is None else self.bias
         y, grid = x.new_empty(sizes[0], filters), (triton.cdiv(filters, wide) * triton.cdiv(sizes[0], most),)
-        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, "STEP": STEP, **LAUNCH["fused"]}
+        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, "STEP": STEP, "RELU": relu, **LAUNCH["fused"]}
         given = (x, self.runs, self.taps, self.weight, bias, y, len(self.runs), sizes[0], filters)
         kernel[grid](*given, *sizes[1:], *rest, **how)
         return y
+
+
+class Rectified(nn.Module):
+    """A convolution of any kind, and a ReLU."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if isinstance(layer, GatheredConv2d):
+            return layer(x, relu=True)
+        if not isinstance(layer, nn.Conv2d) or isinstance(layer, SampledConv2d) or not x.is_cuda:
+            return nn.functional.relu(layer(x))
+        moves: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return torch.cudnn_convolution_relu(x, layer.weight, layer.bias, *moves)
+
+
+def rectified(network: nn.Module) -> nn.Module:
+    """The network with convolutions that nothing but a ReLU reads, by way of folded BatchNorms, as `Rectified`."""
+    graph, modules = trace(network), dict(network.named_modules())
+    for node in [*graph.nodes]:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if not isinstance(module, nn.Conv2d | ColumnConv2d):
+            continue
+        after = node
+        while len(after.users) == 1 and isinstance(_module(modules, next(iter(after.users))), nn.Identity):
+            after = next(iter(after.users))
+        reader = next(iter(after.users)) if len(after.users) == 1 else after
+        if isinstance(_module(modules, reader), nn.ReLU) or reader.target in RELUS:
+            reader.replace_all_uses_with(after)
+            graph.erase_node(reader)
+            network.set_submodule(node.target, Rectified(module))
+    return fx.GraphModule(network, graph)
+
+
+def _module(modules: dict[str, nn.Module], node: fx.Node) -> nn.Module | None:
+    return modules.get(str(node.target)) if node.op == "call_module" else None
 
 
 def gathered(network: nn.Module, engine: str = "columns") -> nn.Module:
