@@ -347,7 +347,7 @@ def by_width(machine: Machine) -> pd.DataFrame:
     c = n = 256 // machine.sizes.shrink
     pixels = 28 * machine.sizes.pixels // 224
     x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device)
-    wide = range(max(n // 64, 1) * 2, n + 1, max(n // 64, 1) * (2 if machine.gpu else 1))
+    wide = range(max(n // 64, 1) * 2, n + 1, max(n // 64, 1))
     convs = {str(w): nn.Conv2d(c, w, 3, padding=1).to(x.device) for w in wide}
     ready = {w: machine.alone(conv, x, channels_last=machine.gpu) for w, conv in convs.items()}
     table = measure(ready, x, rounds=machine.sizes.rounds).rename_axis("filters").reset_index()
