@@ -80,7 +80,7 @@ class ColumnConv2d(nn.Module):
         read = windows[:, channel, :, :, tap // kw, tap % kw]  # (K, B, Ho, Wo)
         y = self.weight @ read.flatten(1)  # (O, K) @ (K, B*Ho*Wo)
         y = y if self.bias is None else y + self.bias[:, None]
-        return y.unflatten(1, read.shape[1:]).transpose(0, 1)  # (B, O, Ho, Wo)
+        return y.unflatten(1, read.shape[1:]).transpose(0, 1).contiguous()  # (B, O, Ho, Wo)
 
     def dense(self) -> nn.Conv2d:
         """The convolution that it is, zeros in the place of missing columns."""

@@ -111,8 +111,8 @@ def take_faster(ready: Ready, example: Tensor, rounds: int, kind: Any = OWN, for
     """Replace modules of a `kind` by another of their forms where that is faster; rounds = 0: everywhere."""
     found = {name: m for name, m in ready.network.named_modules() if isinstance(m, kind)}
     columns = {n: m for n, m in found.items() if not rounds or m.padding[::2] == m.padding[1::2]}  # or no dense form
-    inputs, names = dict[str, Tensor](), {module: name for name, module in columns.items()}
-    hooks = [m.register_forward_pre_hook(lambda m, x: inputs.update({names[m]: x[0].detach().clone()})) for m in names]
+    inputs, names, laid = dict[str, Tensor](), {m: n for n, m in columns.items()}, {"memory_format": ready.layout}
+    hooks = [m.register_forward_pre_hook(lambda m, x: inputs.update({names[m]: x[0].clone(**laid)})) for m in names]
     ready(example)
     for hook in hooks:
         hook.remove()

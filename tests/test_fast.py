@@ -79,19 +79,23 @@ def test_each_engine_computes_what_the_masked_network_does(name: str, images: Te
     assert len(columns(small)) == count, "the compact network itself stays"
 
 
-def test_the_faster_engine_stays_layer_by_layer(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_faster_engine_stays_layer_by_layer(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format
+) -> None:
     small = compact(masked("resnet20-projection"), images)
     seen = list[tuple[int, ...]]()
 
     def clock(modules: dict[str, nn.Module], example: Tensor, rounds: int) -> pd.DataFrame:
         """Dense is faster in every second layer."""
         seen.append(tuple(example.shape))
+        assert example.is_contiguous(memory_format=layout)  # as a dense neighbour gives it
         outputs = [module(example) for module in modules.values()]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
         return pd.DataFrame([{"old": 2.0, "new": 1.0 + 2 * (len(seen) % 2)}] * rounds)
 
     monkeypatch.setattr(fast, "milliseconds", clock)
-    ready = fast.optimise(small, images)
+    ready = fast.optimise(small, images, channels_last=layout == torch.channels_last)
     taken, left = ([m for m in net.modules() if isinstance(m, fast.OWN)] for net in (small, ready))
     assert len(seen) == len(taken) > len(columns(small)) > 10
     assert len(left) == -(-len(seen) // 2)
