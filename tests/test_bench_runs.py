@@ -57,7 +57,7 @@ def test_layers_of_other_sizes_are_those_that_torch_pruning_leaves() -> None:
 
 
 def test_layers_of_other_sizes() -> None:
-    """Every second output gone; the same weights give the same result as the network with these outputs at zero."""
+    """Of the sizes that they have, the same function; of others, BatchNorms follow and the network runs."""
     network = networks.resnet(8).eval()
     shapes = {n.removesuffix(".weight"): tuple(p.shape[:2]) for n, p in network.named_parameters() if p.ndim > 1}
     same = bench_runs.resized(network, shapes)

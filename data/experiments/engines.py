@@ -239,7 +239,7 @@ def rectified(network: nn.Module) -> nn.Module:
     """The network with convolutions that nothing but a ReLU reads, by way of folded BatchNorms, as `Rectified`."""
     graph, modules = trace(network), dict(network.named_modules())
     for node in [*graph.nodes]:
-        module = modules.get(node.target) if node.op == "call_module" else None
+        module = _module(modules, node)
         if not isinstance(module, nn.Conv2d | ColumnConv2d):
             continue
         after = node
