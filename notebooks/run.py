@@ -36,7 +36,8 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "sppkit/*.py",
-    *(f"notebooks/{name}.py" for name in ("training/*", "choice", "factorise", "records", "sensitivity", "taylor")),
+    *(f"notebooks/{name}.py" for name in ("training/*", "choice", "factorise", "records")),
+    *(f"notebooks/{name}.py" for name in ("rivals", "sensitivity", "single_layer")),
 )
 SOURCES = (*SOURCES, "data/runs/*", "data/checkpoints/*", "data/experiments/*.json")
 SIZE_LIMIT = 1_000_000  # bytes of a committed notebook

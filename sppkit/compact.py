@@ -8,6 +8,7 @@ anything else that mixes channels keep theirs.
 """
 
 import copy
+import operator
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import cast
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 CHANNELWISE: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Identity, nn.Dropout)
 CHANNELWISE += (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 CHANNELWISE_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, "relu"}
+SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 class SampledConv2d(nn.Conv2d):
@@ -98,13 +100,20 @@ class ColumnConv2d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, columns={len(self.index)} of {columns}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Flow:
-    """Where the channels of one convolution go: consumers (linear layers by way of flatten, too) and BatchNorms."""
+    """Channels that lie together, by sums and by what treats each by itself: the layers, by name, that meet in them."""
 
-    mixed: bool  # they must stay: the convolution is grouped, or a sum, a concatenation or the output reads them
-    consumers: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
+    consumers: list[str] = field(default_factory=list)  # of all of them, linear layers by way of flatten, too
+    samplers: list[str] = field(default_factory=list)  # of some of them, which they know by number
     norms: list[str] = field(default_factory=list)
+    fixed: bool = False  # something else reads or writes them: a grouped convolution, a concatenation, the output
+
+    @property
+    def mixed(self) -> bool:
+        """Whether they must stay: not one convolution alone decides which there are."""
+        return self.fixed or len(self.writers) != 1 or bool(self.samplers)
 
 
 class _Tracer(fx.Tracer):
@@ -133,45 +142,53 @@ def trace(network: nn.Module, *, channelwise: bool = True) -> fx.Graph:
 def flows(network: nn.Module) -> dict[str, Flow]:
     """The `Flow` of every convolution, in the order in which they run. ValueError names what cannot be followed."""
     convs, found = convolutions(network), dict[str, Flow]()
-    for node in trace(network).nodes:
+    for node, flow in spaces(network).items():
         if node.op == "call_module" and node.target in convs:
             if node.target in found:
                 raise ValueError(f"layer {node.target!r} is called twice; give each place a convolution of its own")
-            found[node.target] = flow = Flow(mixed=convs[node.target].groups > 1)
-            _follow(network, node, flow)
-    norms = Counter(name for flow in found.values() for name in flow.norms)
-    for flow in found.values():  # a BatchNorm that serves two convolutions keeps its channels
-        flow.mixed |= any(norms[name] > 1 for name in flow.norms)
+            found[str(node.target)] = flow
     return found
 
 
-def _reads_all(module: nn.Module | None) -> bool:
-    """Whether it is a convolution whose weight has a place for each channel of its input."""
-    return isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module, SampledConv2d)
+def spaces(network: nn.Module) -> dict[fx.Node, Flow]:
+    """Which channels each value of a network has, in the order in which values come."""
+    graph, found, flat = trace(network), dict[fx.Node, Flow](), set[fx.Node]()
+    calls = Counter(node.target for node in graph.nodes)
+    for node in graph.nodes:
+        module, sources = network.get_submodule(node.target) if node.op == "call_module" else None, node.all_input_nodes
+        by_number, flattened = isinstance(module, ColumnConv2d | SampledConv2d), not flat.isdisjoint(sources)
+        conv, flattens = by_number or (isinstance(module, nn.Conv2d) and module.groups == 1), _flattens(module, node)
+        found[node] = Flow(fixed=not conv or not node.users)
+        if calls[node.target] == 1 and (isinstance(module, nn.Linear) if flattened else conv):
+            found[node].writers += [node.target] if conv else []
+            read = found[sources[0]]
+            (read.samplers if by_number else read.consumers).append(node.target)
+        elif sources and (node.target in SUMS or _is_channelwise(module, node) or (flattens and not flattened)):
+            first, *others = {found[source]: None for source in sources}
+            first.norms += [node.target] if isinstance(module, nn.BatchNorm2d) else []
+            first.fixed |= not node.users or (isinstance(module, nn.BatchNorm2d) and calls[node.target] > 1)
+            flat |= {node} if flattens or flattened else set()
+            for other in others:
+                for name in ("writers", "consumers", "samplers", "norms"):
+                    getattr(first, name).extend(getattr(other, name))
+                first.fixed |= other.fixed
+            found |= {each: first for each, flow in found.items() if flow in others or each is node}
+        else:
+            for source in sources:
+                found[source].fixed = True
+    return found
 
 
-def _channelwise(module: nn.Module | None, node: fx.Node) -> bool:
+def _flattens(module: nn.Module | None, node: fx.Node) -> bool:
+    if module is not None:
+        return isinstance(module, nn.Flatten) and module.start_dim == 1
+    return node.target in (torch.flatten, "flatten") and 1 in (*node.args[1:2], node.kwargs.get("start_dim"))
+
+
+def _is_channelwise(module: nn.Module | None, node: fx.Node) -> bool:
     if module is None:
         return node.target in CHANNELWISE_FUNCTIONS
     return isinstance(module, CHANNELWISE) or getattr(module, "channelwise", False)
-
-
-def _follow(network: nn.Module, node: fx.Node, flow: Flow, *, flat: bool = False) -> None:
-    flow.mixed |= not node.users
-    for user in node.users:
-        module = network.get_submodule(str(user.target)) if user.op == "call_module" else None
-        flattens = (isinstance(module, nn.Flatten) and module.start_dim == 1) or (
-            user.target in (torch.flatten, "flatten") and 1 in (*user.args[1:2], user.kwargs.get("start_dim"))
-        )
-        if isinstance(module, nn.Linear) if flat else _reads_all(module):
-            flow.consumers.append(str(user.target))
-        elif _channelwise(module, user):
-            flow.norms += [str(user.target)] if isinstance(module, nn.BatchNorm2d) else []
-            _follow(network, user, flow, flat=flat)
-        elif flattens and not flat:
-            _follow(network, user, flow, flat=True)
-        else:
-            flow.mixed = True
 
 
 def channel_links(network: nn.Module) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A network made ready to run, dense or compact: one call, so that both are measured at their best.
 
-BatchNorms are folded, and where reading single columns or channels costs more than it saves, a dense layer stands in.
+BatchNorms are folded; where reading single columns or channels costs more than it saves, a dense layer stands in; and
+for a GPU, whose libraries are slow at odd widths, channels of zeros fill widths up.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sppkit.compact import ColumnConv2d, SampledConv2d
+from sppkit.compact import ColumnConv2d, SampledConv2d, spaces
 from sppkit.graph import fold
 from sppkit.timing import milliseconds
 
@@ -26,6 +28,7 @@ def optimise(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     engine: str = "measured",
+    multiple: int | None = None,
     capture: bool = False,
     rounds: int = 5,
     tolerance: float | None = None,
@@ -34,6 +37,7 @@ def optimise(
 
     dtype, channels_last: of weights and inputs; a call takes float32 images in any layout.
     engine: of columns and samplers; "measured" takes what is faster in the median of `rounds`, layer by layer.
+    multiple: which widths are filled up to, by `fill_up`; None: 8 on a GPU, 1, which is not at all, on a CPU.
     capture: as one CUDA graph, for batches of the shape of `example` only; a call overwrites the last one's output.
     tolerance: of the outputs' difference over their size, both norms, `difference` of the result; by precision.
     Raises ValueError for an engine, precision or device that cannot be, RuntimeError if outputs differ more.
@@ -43,14 +47,17 @@ def optimise(
     >>> [type(module).__name__ for module in ready.network]
     ['Conv2d', 'Identity', 'ReLU']
     """
-    if engine not in ENGINES or dtype not in TOLERANCE:
-        raise ValueError(f"engine={engine!r}, dtype={dtype}: one of {', '.join(ENGINES)}, of {[*TOLERANCE]}")
+    if engine not in ENGINES or dtype not in TOLERANCE or (multiple is not None and multiple < 1):
+        given = f"engine={engine!r}, dtype={dtype}, multiple={multiple}"
+        raise ValueError(f"{given}: one of {', '.join(ENGINES)}, of {[*TOLERANCE]}, a multiple of at least 1")
     if capture and not example.is_cuda:
         raise ValueError(f"capture=True makes a CUDA graph, and the example is on {example.device}; capture=False")
     if not len(example):
         raise ValueError(f"images {tuple(example.shape)}: a batch of 0 shows nothing")
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    result = Ready(fold(network)[0].to(example.device), dtype, layout)
+    folded = fold(network)[0].to(example.device)
+    fill_up(folded, (8 if example.is_cuda else 1) if multiple is None else multiple)
+    result = Ready(folded, dtype, layout)
     with torch.no_grad():
         expected = copy.deepcopy(network).to(example.device).eval()(example).float()
         if engine != "columns":
@@ -62,6 +69,49 @@ def optimise(
     if not result.difference <= ((0.01 if rounded else TOLERANCE[dtype]) if tolerance is None else tolerance):
         raise RuntimeError(f"outputs in {dtype} differ by {result.difference:.1e}; keep a higher precision")
     return result
+
+
+@torch.no_grad()
+def fill_up(network: nn.Module, multiple: int) -> None:
+    """Widths between layers, in place, up to a `multiple` by zeros that no layer hears; the function stays.
+
+    The image gets its zeros where a convolution reads it. Not filled up: the output, and channels that anything but
+    layers, sums and channelwise operations reads.
+
+    >>> network = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3))
+    >>> fill_up(network, 4)
+    >>> network[2].weight.shape
+    torch.Size([2, 8, 3, 3])
+    """
+    values = spaces(network)
+    for flow in {flow: None for flow in values.values() if not (flow.fixed or flow.norms)}:
+        writers: list[Any] = [network.get_submodule(name) for name in flow.writers]
+        widths = {writer.out_channels for writer in writers}
+        if len(widths) != 1 or not (extra := -(width := widths.pop()) % multiple):
+            continue
+        for writer in writers:
+            writer.weight = nn.Parameter(F.pad(writer.weight, [0, 0] * (writer.weight.ndim - 1) + [0, extra]))
+            writer.bias = None if writer.bias is None else nn.Parameter(F.pad(writer.bias, [0, extra]))
+            writer.out_channels += extra
+        for name in (*flow.consumers, *flow.samplers):
+            _hear(network.get_submodule(name), width, extra)
+    for name in {str(user.target) for user in next(iter(values)).users}:
+        conv = dict(network.named_modules()).get(name)
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and (extra := -conv.in_channels % multiple):
+            _hear(conv, conv.in_channels, extra)
+            network.set_submodule(name, nn.Sequential(nn.ZeroPad3d((0, 0, 0, 0, 0, extra)), conv))
+
+
+def _hear(reader: Any, width: int, extra: int) -> None:
+    """Let a layer read `extra` more channels than `width`, and take nothing from them."""
+    if isinstance(reader, ColumnConv2d | SampledConv2d):  # they know by number what they read
+        name = "in_channels" if isinstance(reader, ColumnConv2d) else "source_channels"
+        setattr(reader, name, getattr(reader, name) + extra)
+        return
+    weight = reader.weight.unflatten(1, (width, -1))  # (O, C, pixels, ...)
+    weight = F.pad(weight, [0, 0] * (weight.ndim - 2) + [0, extra]).flatten(1, 2)
+    reader.weight, reader.filled = nn.Parameter(weight), extra
+    setattr(reader, "in_features" if isinstance(reader, nn.Linear) else "in_channels", weight.shape[1])
 
 
 class Ready(nn.Module):

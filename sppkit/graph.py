@@ -6,19 +6,17 @@ the sum is what is to be reproduced (arXiv 1707.06168, section 3.3).
 """
 
 import copy
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sppkit.compact import ColumnConv2d, channel_links, trace
+from sppkit.compact import SUMS, ColumnConv2d, channel_links, trace
 
 Looks = Mapping[fx.Node, Callable[..., None]]
-SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ def sites(network: nn.Module, graph: fx.Graph, *, samplers: bool = True) -> dict
     shared input and a sum. `samplers=False` leaves every shared input alone. Raises ValueError as `compact.flows`.
     """
     links, found, reads_features = channel_links(network), dict[str, Site](), set[fx.Node]()
+    modules = dict[object, nn.Module](network.named_modules())
     for node in graph.nodes:
         conv = network.get_submodule(node.target) if node.op == "call_module" else None
         features = any(source in reads_features for source in node.all_input_nodes)
@@ -47,8 +46,8 @@ def sites(network: nn.Module, graph: fx.Graph, *, samplers: bool = True) -> dict
         if not (isinstance(conv, nn.Conv2d) and conv.groups == 1 and features):
             continue
         producer, end = links.get(node.target), node
-        while len(end.users) == 1 and _is_identity(network, user := next(iter(end.users))):
-            end = user
+        while len(end.users) == 1 and isinstance(modules.get(next(iter(end.users)).target), nn.Identity):
+            end = next(iter(end.users))
         total = next(iter(end.users)) if len(end.users) == 1 else None
         if total is None or total.target not in SUMS or len({*total.all_input_nodes}) != 2:
             total = None
@@ -56,10 +55,6 @@ def sites(network: nn.Module, graph: fx.Graph, *, samplers: bool = True) -> dict
             other = 0 if total is None else 1 - list(total.args).index(end)
             found[node.target] = Site(node.target, node, producer, total, other)
     return found
-
-
-def _is_identity(network: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), nn.Identity)
 
 
 class Probe(fx.Interpreter):
@@ -102,11 +97,8 @@ def fold(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         if node.op != "call_module" or user is None or user.op != "call_module":
             continue
         conv, norm = folded.get_submodule(node.target), folded.get_submodule(str(user.target))
-        if (
-            isinstance(conv, nn.Conv2d | ColumnConv2d)
-            and isinstance(norm, nn.BatchNorm2d)
-            and norm.running_mean is not None
-        ):
+        layer = isinstance(conv, nn.Conv2d | ColumnConv2d)
+        if layer and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
             folded.set_submodule(node.target, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
             folded.set_submodule(str(user.target), nn.Identity())
             norms[node.target] = str(user.target)
@@ -128,13 +120,8 @@ def unfold(
     """
     result = copy.deepcopy(folded)
     for name, place in norms.items():
-        conv = [module for module in result.get_submodule(name).modules() if isinstance(module, nn.Conv2d)][-1]
-        own, norm = network.get_submodule(name), copy.deepcopy(network.get_submodule(place))
-        assert isinstance(own, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert conv.bias is not None
+        conv: Any = [module for module in result.get_submodule(name).modules() if isinstance(module, nn.Conv2d)][-1]
+        own, norm = (cast(Any, copy.deepcopy(network.get_submodule(each))) for each in (name, place))
         gain = norm.weight if norm.affine else torch.ones_like(norm.running_var)
         scale = gain / (norm.running_var + norm.eps).sqrt()  # (n,)
         scale = torch.where(scale.abs() > 1e-6 * scale.abs().max(), scale, 1.0)  # a filter that was switched off

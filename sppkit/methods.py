@@ -2,14 +2,11 @@
 
     name           groups   an update                                                               source (arXiv)
     spp            any      moves probabilities by eqs. (3), (4); masks are drawn from them         1709.06994
-    deterministic  any      the same, but p never falls and a group is whole until p = 1            ablation of SPP
     oneshot        any      the smallest L1 norms go at the first update; on filters this is FP     1608.08710
     gradual        any      masks a cubic share by L1 norm, chosen anew at every update             1710.01878
-    random         any      random groups go at the first update                                    control
-    taylor         filters  TP: the smallest |gradient · feature map| of all layers, step by step   1611.06440
     ssl            columns  group lasso while training; at the last update the smallest norms go    1608.03665
 
-Each moves `pruner.probability`, returns what to record, and ends at the plan's FLOP ratio, group by group.
+Each moves `pruner.probability`, returns what to record, and ends at the plan's FLOP ratio (more: notebooks/rivals.py).
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> 
     pruner.probability[pruner._layers[there]] = moved[there]
     seen, reached = pruner.probability.clone(), pruner.probability == 1
     if not torch.equal(reached, pruner.gone):
-        order = np.where(reached.cpu().numpy(), _positions(pruner, importance), np.inf)
+        order = np.where(reached.cpu().numpy(), positions(pruner, importance), np.inf)
         gone, last = cut(pruner, order)
         full = (moved == 1).sum(1, keepdim=True) >= pruner._target[:, None]  # (L, 1) layers at their targets
         done = torch.full_like(pruner.gone, last)
@@ -52,45 +49,20 @@ def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> 
     return seen
 
 
-def deterministic(pruner: Pruner, importance: Tensor) -> Tensor:
-    """SPP without its probability: a group counts up to 1, is whole until then, and never comes back."""
-    pruner.probability.copy_(pruner.trace[-1] if pruner.trace else pruner.probability)
-    seen = probabilistic(pruner, importance, falls=False)
-    pruner.probability.copy_(pruner.gone)
-    return seen
-
-
 def oneshot(pruner: Pruner, importance: Tensor) -> Tensor:
     """The least important groups of each layer, at once and for good."""
-    pruner.remove(cut(pruner, _positions(pruner, importance))[0], last=True)
+    pruner.remove(cut(pruner, positions(pruner, importance))[0], last=True)
     return pruner.probability
-
-
-def random(pruner: Pruner, importance: Tensor) -> Tensor:
-    """Random groups of each layer, at once and for good."""
-    generator = torch.Generator().manual_seed(pruner.generator.initial_seed())  # rank 0's
-    return oneshot(pruner, torch.rand(len(importance), generator=generator).to(importance))
 
 
 def gradual(pruner: Pruner, importance: Tensor) -> Tensor:
     """A share 1 - (1 - k/K)³ of each target is masked, by the norms of now: a masked group can come back."""
     k = pruner.updates + 1
-    position = _positions(pruner, importance)
+    position = positions(pruner, importance)
     gone, reached = cut(pruner, np.where(position <= 1 - (1 - k / pruner.rounds) ** 3 + 1e-9, position, np.inf))
     pruner.probability.copy_(torch.from_numpy(gone))
     if k >= pruner.rounds or reached:
         pruner.remove(cut(pruner, position)[0], last=True)
-    return pruner.probability
-
-
-def taylor(pruner: Pruner, importance: Tensor) -> Tensor:
-    """TP: the least important of all layers, until the FLOP ratio of the round is reached."""
-    k = pruner.updates + 1
-    order = importance.double().cpu().numpy()
-    for part in pruner.slices.values():
-        order[part][order[part].argmax()] = np.inf  # a layer keeps one
-    wanted = 1 + ((pruner.plan.flop_ratio or pruner.plan.reached) - 1) * min(k / pruner.rounds, 1)
-    pruner.remove(cut(pruner, order, flop_ratio=wanted)[0], last=k >= pruner.rounds)
     return pruner.probability
 
 
@@ -100,10 +72,10 @@ def ssl(pruner: Pruner, importance: Tensor) -> Tensor:
 
 
 METHODS: dict[str, Callable[[Pruner, Tensor], Tensor]] = {"spp": probabilistic}
-METHODS |= {method.__name__: method for method in (deterministic, oneshot, gradual, random, taylor, ssl)}
+METHODS |= {method.__name__: method for method in (oneshot, gradual, ssl)}
 
 
-def _positions(pruner: Pruner, importance: Tensor) -> np.ndarray:
+def positions(pruner: Pruner, importance: Tensor) -> np.ndarray:
     """Place of each group in the order of removal: rank (from 1) over target; above 1 a group is not planned to go."""
     score, place = importance.double().cpu().numpy(), np.full(len(importance), np.inf)
     score = np.where(pruner.gone.cpu().numpy(), -np.inf, score)

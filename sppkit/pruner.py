@@ -87,8 +87,6 @@ class Pruner:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         self.groups, self.slices = self.plan.groups, self.plan.groups.slices  # slices: of the flat group axis
         self.ranked, self.targets = self.slices, dict(self.plan.targets)  # groups ranked together, how many of them go
-        if self.method == "taylor" and self.score is None:
-            raise ValueError("method='taylor' needs score=..., such as one that calls `scores` of notebooks/taylor.py")
         for name, module in self.groups.modules.items():
             if self.network.get_submodule(name) is not module:
                 raise ValueError(f"the plan is of another network: make_plan(network, ...) for the one with {name!r}")

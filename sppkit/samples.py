@@ -1,6 +1,5 @@
 """Samples for a convolution: the patches that it reads and the outputs that it is to give there, batch by batch."""
 
-import copy
 import functools
 import gc
 import warnings
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sppkit import cost
-from sppkit.compact import SampledConv2d, trace
+from sppkit.compact import SampledConv2d
 from sppkit.graph import Probe, Site
 
 Samples = list[tuple[Tensor, Tensor]]  # of each batch: positions (B, points), outputs there (B * points, n)
@@ -53,31 +52,6 @@ def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor
     image = torch.arange(len(inputs), device=at.device)[:, None, None, None]
     patches = padded.permute(0, 2, 3, 1)[image, rows, columns]  # (B, points, kh, kw, c)
     return patches.permute(0, 1, 4, 2, 3).flatten(2).flatten(0, 1)  # (B * points, c * kh * kw)
-
-
-@torch.no_grad()
-def sample_layer(
-    network: nn.Module, layer: str, images: Tensor, *, points: int = 10, seed: int = 0, batch_size: int = 100
-) -> tuple[Tensor, Tensor]:
-    """Patches X (N, c * kh * kw) and outputs Y (N, n) of one convolution, as `channel_prune` samples them.
-
-    In evaluation mode, BatchNorm not folded, before any activation: at `points` distinct positions (at most all) of
-    each prepared image (B, 3, H, W), drawn from `seed`. Raises ValueError for a grouped layer or no convolution,
-    misshapen or infinite images.
-
-    >>> X, Y = sample_layer(nn.Sequential(nn.Conv2d(3, 8, 5)), "0", torch.randn(2, 3, 9, 9), points=4)
-    >>> X.shape, Y.shape
-    (torch.Size([8, 75]), torch.Size([8, 8]))
-    """
-    network = copy.deepcopy(network).eval()
-    graph, conv = trace(network), convolution(network, layer)
-    nodes = [node for node in graph.nodes if node.target == layer]
-    if not nodes:
-        raise ValueError(f"layer {layer!r} is never run")
-    place = Site(layer, nodes[0], None)
-    samples = collect(network, graph, {layer: place}, images, points, seed, batch_size)[layer]
-    X, Y = zip(*patches(network, graph, place, conv, images, samples, batch_size), strict=True)
-    return torch.cat(X), torch.cat(Y)
 
 
 def collect(

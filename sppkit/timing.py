@@ -40,7 +40,7 @@ def masked(network: nn.Module) -> str | None:
     """
     for name, conv in convolutions(network).items():
         zero = conv.weight.detach().eq(0).all(0).flatten(1)  # (C, taps)
-        zero = zero[:, ~zero.all(0)]
+        zero = zero[: len(zero) - getattr(conv, "filled", 0), ~zero.all(0)]  # but channels of `fast.fill_up`
         if zero.float().mean() > MASKED and not getattr(conv, "stands_in", False):
             return name
     return None

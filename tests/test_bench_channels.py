@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from single_layer import sample_layer
 from torch import nn
 
 from sppkit.__main__ import main
 from sppkit.reconstruct import Moments
-from sppkit.samples import convolution, sample_layer
+from sppkit.samples import convolution
 
 
 def test_a_quick_run_measures_and_records_everything(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

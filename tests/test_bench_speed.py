@@ -163,6 +163,7 @@ def test_the_way_of_a_gpu_through_the_benchmark(
     sound = bench.engines.GatheredConv2d.forward
     monkeypatch.setattr(bench.engines.GatheredConv2d, "forward", lambda self, x, **how: 1.05 * sound(self, x, **how))
     monkeypatch.setattr(fast, "take_faster", lambda *_: None)
+    monkeypatch.setattr(bench.Machine, "_take_from", lambda *_: None)
     wrong = machine.table(nets, image).set_index("network")["difference"]
     assert (wrong[["columns, gathered", "blocks of 16, gathered"]] > 0.01).all()
     widths = bench.by_width(machine)

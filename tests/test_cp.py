@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from single_layer import sample_layer
 from sklearn.linear_model import Lasso
 from torch import Tensor, is_tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import networks
 
 from sppkit import compact, cost, cp, graph, lasso, reconstruct
-from sppkit.samples import sample_layer
 
 
 class Chain(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training import networks
 
 from sppkit import fast, timing
-from sppkit.compact import ColumnConv2d, SampledConv2d, compact
+from sppkit.compact import ColumnConv2d, SampledConv2d, compact, convolutions
 
 
 @pytest.fixture
@@ -118,6 +118,97 @@ def test_a_dense_layer_stands_in_for_a_sampler_that_costs_more(images: Tensor, m
     frame["new"] = [3.0]
     kept = [name for name, m in fast.optimise(small, images).network.named_modules() if isinstance(m, SampledConv2d)]
     assert kept == samplers
+
+
+def widths(network: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (conv.in_channels, conv.out_channels) for name, conv in convolutions(network).items()}
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet20-projection", "vgg16", "torchvision/resnet50"])
+def test_filled_up_widths_are_multiples_and_the_function_stays(name: str, images: Tensor) -> None:
+    network, images = trained(name).double(), images.double()
+    full, _ = fast.fold(network)
+    fast.fill_up(full, 24)  # divides no width of these networks, in the stream of residual blocks neither
+    found, before = widths(full), widths(network)
+    image = next(iter(found))
+    for layer, (inputs, outputs) in found.items():
+        assert outputs % 24 == 0, layer
+        assert outputs - before[layer.removesuffix(".1") if layer == image else layer][1] < 24, layer
+        assert inputs % 24 == 0, layer  # the image's three channels too
+    assert f"{image.rpartition('.')[0]}.0" in dict(full.named_modules())  # zeros are laid beside it
+    torch.testing.assert_close(full(images), network(images), rtol=1e-10, atol=1e-10)
+
+
+def test_what_else_needs_its_number_of_channels_keeps_it(images: Tensor) -> None:
+    """Option A's zeros lie in the middle of the channels; the output's are classes."""
+    network = trained("resnet20")
+    full, _ = fast.fold(network)
+    fast.fill_up(full, 24)
+    found = {name: outputs for name, (_, outputs) in widths(full).items() if name.startswith("blocks")}
+    assert {outputs for name, outputs in found.items() if name.endswith("conv1")} == {24, 48, 72}
+    assert {outputs for name, outputs in found.items() if name.endswith("conv2")} == {16, 32, 64}
+    torch.testing.assert_close(full(images), network(images), rtol=1e-4, atol=1e-4)
+    alone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
+    fast.fill_up(alone, 8)
+    assert widths(alone) == {"0.1": (8, 5)}
+    with pytest.raises(ValueError, match="multiple=0"):
+        fast.optimise(alone, images, multiple=0)
+
+
+class Many(nn.Module):
+    """Channels in every position that is not to be touched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.deep, self.norm = nn.Conv2d(6, 6, 1, groups=6), nn.BatchNorm2d(6)
+        self.one, self.wide = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 6, 1)
+        self.last, self.rows = nn.Conv2d(12, 5, 1), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.twice(self.twice(self.first(x)))  # the same weights for two values
+        z = self.norm((self.one(x) + self.wide(x)).relu())  # one channel spread over six; a norm that is not folded
+        return self.rows(self.last(torch.cat([self.deep(y), z], 1)).relu())  # linear over pixels, not channels
+
+
+def test_channels_that_cannot_be_filled_up_are_left_alone() -> None:
+    network, images = Many().eval(), torch.randn(2, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    full = copy.deepcopy(network)
+    fast.fill_up(full, 8)
+    assert widths(full) == widths(network)
+    torch.testing.assert_close(full(images), network(images))
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet20-projection"])
+def test_columns_and_samplers_read_from_filled_up_channels(name: str, images: Tensor) -> None:
+    network, generator = trained(name), torch.Generator().manual_seed(3)
+    for layer, conv in [*convolutions(network).items()][1:]:
+        gone = torch.rand(conv.in_channels, generator=generator) < 0.4
+        assert gone.any(), layer
+        conv.weight.data[:, gone] = 0  # channels of a shared input: a sampler
+        if layer.endswith(("0", "conv2")):
+            conv.weight.data[:, torch.rand(conv.weight[0].shape, generator=generator) < 0.5] = 0
+    small = compact(network)
+    kinds = {type(module) for module in small.modules()}
+    assert ColumnConv2d in kinds
+    assert SampledConv2d in kinds or name == "vgg16"
+    full, _ = fast.fold(small)
+    fast.fill_up(full, 8)
+    assert all(outputs % 8 == 0 for _, outputs in widths(full).values())
+    assert any(outputs % 8 for _, outputs in widths(small).values())
+    torch.testing.assert_close(full(images), network(images), rtol=1e-4, atol=1e-4)
+    dense = fast.optimise(small, images, multiple=8, engine="dense")
+    assert len(timing.measure({"filled": dense}, images, rounds=1)) == 1
+
+
+def test_a_masked_network_counts_as_one_however_full_it_is(images: Tensor) -> None:
+    network = masked("convnet")
+    fast.fill_up(network, 40)
+    assert timing.masked(network)
+    full, _ = fast.fold(trained("convnet"))
+    fast.fill_up(full, 40)
+    assert timing.convolutions(full)["conv2"].weight.shape[1] == 40
+    assert timing.masked(full) is None
 
 
 @pytest.mark.parametrize("padding", [0, 2, "same"])

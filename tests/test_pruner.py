@@ -433,7 +433,7 @@ def test_bad_input_is_refused_and_the_network_left_alone() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"interval": 0}, "interval=0 and rounds=150 must be at least 1"),
         ({"rounds": 0}, "interval=180 and rounds=0 must be at least 1"),
-        ({"method": "magic"}, "method='magic' must be one of spp, deterministic"),
+        ({"method": "magic"}, "method='magic' must be one of spp, oneshot"),
         ({"gradient": "none"}, "gradient='none' must be one of exact, unmasked"),
         ({"form": "other"}, "form='other' must be one of adaptive, literal"),
         ({"A": 2}, r"A=2 must lie in \(0, 1\]"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from single_layer import sample_layer
 from torch import nn
 
-from sppkit.samples import sample_layer, sample_patches
+from sppkit.samples import sample_patches
 
 
 @pytest.mark.parametrize(

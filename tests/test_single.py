@@ -14,6 +14,7 @@ import single
 import torch
 from driver import Limits, baseline, run
 from settings import Experiment, Places
+from single_layer import sample_layer
 from training import OutOfTime, evaluate, networks
 from training.data import ImageData, load
 from variants import gone
@@ -21,7 +22,6 @@ from variants import gone
 from sppkit import cp
 from sppkit.compact import convolutions
 from sppkit.graph import fold
-from sppkit.samples import sample_layer
 
 SMALL = Experiment(
     "small", method="layer", layer="conv3", batch_size=16, baseline_steps=30, baseline_milestones=(), images=60,

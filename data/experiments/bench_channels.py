@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from channels import exact
 from driver import append_line, revision
+from single_layer import sample_layer
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, LinearRegression
 from threadpoolctl import threadpool_limits
@@ -38,7 +39,7 @@ from sppkit import cost, cp, lasso
 from sppkit.compact import trace
 from sppkit.graph import sites
 from sppkit.reconstruct import Moments, Refit, error, lasso_problem, refit
-from sppkit.samples import collect, convolution, patches, sample_layer
+from sppkit.samples import collect, convolution, patches
 
 KERNEL = (3, 3)
 LAYER = "conv3_1"  # of VGG-16: 128 channels, 256 filters

@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import rivals
 import sensitivity
-import taylor
 import torch
 from channels import network_id, smaller
 from settings import CHANNELS, SINGLE, Experiment, Places, expand, lines
@@ -186,7 +186,7 @@ def make_pruner(network: nn.Module, data: ImageData, plan: Experiment) -> Pruner
     varied: dict[str, Any] = {name: getattr(plan, name) for name in (*own[:-1], "weight_decay")}
     if plan.method == "taylor":
         batches = list(islice(evaluation(data.train, normalise, plan.batch_size), 10))
-        options["score"] = lambda: taylor.scores(network, amounts.groups, batches)
+        options["score"] = lambda: rivals.scores(network, amounts.groups, batches)
     if not plain:
         return VariedPruner(network, amounts, **options, **varied)
     most = plan.prune_steps // plan.interval + 1

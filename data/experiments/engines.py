@@ -127,7 +127,7 @@ def run_length(index: Tensor, taps: int) -> int:
 
 
 class GatheredConv2d(nn.Module):
-    """A `ColumnConv2d` of zero padding by one of ENGINES.
+    """A `ColumnConv2d` of zero padding by one of ENGINES, with the ReLU after it where `relu` says so.
 
     ValueError for another padding mode, an engine that the columns do not allow, or more than 63 taps; RuntimeError
     without Triton.
@@ -139,7 +139,7 @@ class GatheredConv2d(nn.Module):
     runs: Tensor
     taps: Tensor
 
-    def __init__(self, column: ColumnConv2d, engine: str = "columns") -> None:
+    def __init__(self, column: ColumnConv2d, engine: str = "columns", *, relu: bool = False) -> None:
         super().__init__()
         (kh, kw), taps = column.kernel_size, column.kernel_size[0] * column.kernel_size[1]
         self.engine, self.run = engine, run_length(column.index, taps)
@@ -165,18 +165,21 @@ class GatheredConv2d(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None or engine == "columns" else nn.Parameter(bias.detach())
         self.register_buffer("index", index.int())
-        self.column = (column,)  # no submodule; `fast.take_faster` asks for other forms
+        self.column, self.relu = (column,), relu  # no submodule; `fast.take_faster` asks for other forms
 
-    def dense(self) -> nn.Conv2d:
-        return self.column[0].dense().to(self.weight)
+    def dense(self) -> nn.Module:
+        conv = self.column[0].dense().to(self.weight)
+        return Rectified(conv) if self.relu else conv
 
     def fused(self) -> nn.Module:
         """Itself where its columns go in no runs."""
-        return GatheredConv2d(self.column[0], "fused").to(self.weight) if self.run > 1 else self
+        return GatheredConv2d(self.column[0], "fused", relu=self.relu).to(self.weight) if self.run > 1 else self
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.engine != "columns":
             x = x.contiguous(memory_format=torch.channels_last)
+        elif x.stride(1) == 1:  # neighbours in memory are to be neighbouring places, not channels
+            x = x.contiguous()
         B, _, H, W = x.shape
         (kh, kw), (dh, dw), (left, right, top, bottom) = self.kernel_size, self.dilation, self.padding
         Ho = (H + top + bottom - dh * (kh - 1) - 1) // self.stride[0] + 1
@@ -186,9 +189,9 @@ class GatheredConv2d(nn.Module):
         sizes: tuple[Any, ...] = (B * Ho * Wo, H, W, Ho, Wo)
         if self.engine == "columns":
             y = self._by_columns(x, sizes, (sB, sC, sH, sW, *tail))
-            y = y.relu_() if relu else y
+            y = y.relu_() if self.relu else y
             return y.unflatten(1, (B, Ho, Wo)).transpose(0, 1)  # (B, O, Ho, Wo)
-        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, sizes, (sB, sH, sW, *tail), relu)
+        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, sizes, (sB, sH, sW, *tail))
         return y.unflatten(0, (B, Ho, Wo)).permute(0, 3, 1, 2)
 
     def _by_columns(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
@@ -199,20 +202,20 @@ class GatheredConv2d(nn.Module):
             kernel[grid](x, self.index, read, K, rows, *sizes, *rest, **how)
         return self.weight @ read
 
-    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], relu: bool) -> Tensor:
+    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         runs, (most, count), kernel = len(self.runs), TILES["blocks"], globals()["_blocks"]
         read = x.new_empty(sizes[0], runs * self.run)
         grid = (triton.cdiv(runs, count) * triton.cdiv(sizes[0], most),)
         how = {"RUN": self.run, "PLACES": most, "COUNT": count, **LAUNCH["blocks"]}
         kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, **how)
         bias = x.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
-        return (torch._addmm_activation if relu else torch.addmm)(bias, read, self.weight)
+        return (torch._addmm_activation if self.relu else torch.addmm)(bias, read, self.weight)
 
-    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], relu: bool) -> Tensor:
+    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         filters, (most, wide), kernel = self.weight.shape[1], TILES["fused"], globals()["_fused"]
         bias = x.new_zeros(filters) if self.bias is None else self.bias
         y, grid = x.new_empty(sizes[0], filters), (triton.cdiv(filters, wide) * triton.cdiv(sizes[0], most),)
-        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, "STEP": STEP, "RELU": relu, **LAUNCH["fused"]}
+        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, "STEP": STEP, "RELU": self.relu, **LAUNCH["fused"]}
         given = (x, self.runs, self.taps, self.weight, bias, y, len(self.runs), sizes[0], filters)
         kernel[grid](*given, *sizes[1:], *rest, **how)
         return y
@@ -227,8 +230,6 @@ class Rectified(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if isinstance(layer, GatheredConv2d):
-            return layer(x, relu=True)
         if not isinstance(layer, nn.Conv2d) or isinstance(layer, SampledConv2d) or not x.is_cuda:
             return nn.functional.relu(layer(x))
         moves: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -258,11 +259,16 @@ def _module(modules: dict[str, nn.Module], node: fx.Node) -> nn.Module | None:
 
 
 def gathered(network: nn.Module, engine: str = "columns") -> nn.Module:
-    """The network with its column convolutions, in place, by this engine where it can be, by "columns" elsewhere."""
+    """The network with its column convolutions, in place, by this engine where it can be, by "columns" elsewhere.
+
+    A ReLU around one (`rectified`) goes inside.
+    """
+    around = {module.layer: name for name, module in network.named_modules() if isinstance(module, Rectified)}
     for name, module in [*network.named_modules()]:
         if isinstance(module, ColumnConv2d):
+            place, relu = around.get(module, name), module in around
             try:
-                network.set_submodule(name, GatheredConv2d(module, engine))
+                network.set_submodule(place, GatheredConv2d(module, engine, relu=relu))
             except ValueError:
-                network.set_submodule(name, GatheredConv2d(module))
+                network.set_submodule(place, GatheredConv2d(module, relu=relu))
     return network

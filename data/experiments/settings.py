@@ -10,15 +10,16 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import rivals
 from training import Training
 from training.data import project_root
 
-from sppkit import methods, plan
+from sppkit import plan
 
 # Of channels, see `channels`; the last four are factorisations
 CHANNELS = ("cp", "fp", "scratch", "depgraph", "jaderberg", "asym", "asym3d", "3c")
 SINGLE = ("layer", "draws")  # of one layer, without training, see `single`
-METHODS = ("baseline", "cp", *methods.METHODS, *CHANNELS[1:], *SINGLE)
+METHODS = ("baseline", "cp", *rivals.METHODS, *CHANNELS[1:], *SINGLE)
 # Settings that came after the first records: they enter a run's id only where they differ from their default
 LATER = ["kind", "rule", "rounds", "A", "u", "form", "gradient", "rescale", "holdout", "baseline_seed"]
 LATER += ["baseline_schedule", "retrain_schedule", "retrain_weight_decay", "masked", "ranking", "scope", "siblings"]

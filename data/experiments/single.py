@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from channels import exact, prepared, training_images
 from settings import Experiment
+from single_layer import sample_layer
 from torch import Tensor, nn
 from training import evaluate
 from training.data import ImageData
@@ -25,7 +26,6 @@ from training.data import ImageData
 from sppkit.compact import channel_links, convolutions
 from sppkit.graph import fold
 from sppkit.reconstruct import Moments, error, refit
-from sppkit.samples import sample_layer
 
 RATIOS = (4 / 3, 2, 3, 4)  # of input channels before and after
 DRAWS = 10

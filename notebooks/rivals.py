@@ -1,0 +1,76 @@
+"""Methods of `sppkit.pruner` to compare SPP with, added to METHODS when this is imported.
+
+name           groups   an update                                                               source (arXiv)
+random         any      random groups go at the first update                                    control
+taylor         filters  TP: the smallest |gradient · feature map| of all layers, step by step   1611.06440
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sppkit.groups import Groups
+from sppkit.methods import METHODS, cut, oneshot, probabilistic
+from sppkit.pruner import Pruner
+
+
+def deterministic(pruner: Pruner, importance: Tensor) -> Tensor:
+    """SPP without its probability: a group counts up to 1, is whole until then, and never comes back."""
+    pruner.probability.copy_(pruner.trace[-1] if pruner.trace else pruner.probability)
+    seen = probabilistic(pruner, importance, falls=False)
+    pruner.probability.copy_(pruner.gone)
+    return seen
+
+
+def random(pruner: Pruner, importance: Tensor) -> Tensor:
+    """Random groups of each layer, at once and for good."""
+    generator = torch.Generator().manual_seed(pruner.generator.initial_seed())  # rank 0's
+    return oneshot(pruner, torch.rand(len(importance), generator=generator).to(importance))
+
+
+def taylor(pruner: Pruner, importance: Tensor) -> Tensor:
+    """TP: the least important of all layers, until the FLOP ratio of the round is reached."""
+    if pruner.score is None:
+        raise ValueError("method='taylor' needs score=..., such as one that calls `rivals.scores`")
+    k = pruner.updates + 1
+    order = importance.double().cpu().numpy()
+    for part in pruner.slices.values():
+        order[part][order[part].argmax()] = np.inf  # a layer keeps one
+    wanted = 1 + ((pruner.plan.flop_ratio or pruner.plan.reached) - 1) * min(k / pruner.rounds, 1)
+    pruner.remove(cut(pruner, order, flop_ratio=wanted)[0], last=k >= pruner.rounds)
+    return pruner.probability
+
+
+METHODS.update(deterministic=deterministic, random=random, taylor=taylor)
+
+
+def scores(network: nn.Module, groups: Groups, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """TP's criterion for each filter (G,): the mean over images of |sum of gradient · feature map|, of norm 1 a layer.
+
+    A gate of 1 for each image and filter has that sum as its gradient. Gradients of the weights are left as they were.
+    """
+    gates: dict[str, Tensor] = {}
+    sums: dict[str, Tensor | float] = dict.fromkeys(groups.layers, 0.0)
+
+    def gate(name: str, output: Tensor) -> Tensor:
+        gates[name] = output.new_ones(*output.shape[:2], 1, 1, requires_grad=True)  # (B, O, 1, 1)
+        return output * gates[name]
+
+    hooks = [m.register_forward_hook(lambda *a, n=name: gate(n, a[2])) for name, m in groups.layers.items()]
+    training = network.training
+    try:
+        network.eval()
+        for x, y in batches:
+            loss = F.cross_entropy(network(x), y, reduction="sum")
+            for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+                sums[name] = sums[name] + gradient.abs().sum((0, 2, 3))  # (O,)
+    finally:
+        network.train(training)
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([F.normalize(torch.as_tensor(sums[name]), dim=0) for name in groups.layers])
