@@ -180,15 +180,13 @@ def spaces(network: nn.Module) -> dict[fx.Node, Flow]:
 
 
 def _flattens(module: nn.Module | None, node: fx.Node) -> bool:
-    if module is not None:
-        return isinstance(module, nn.Flatten) and module.start_dim == 1
-    return node.target in (torch.flatten, "flatten") and 1 in (*node.args[1:2], node.kwargs.get("start_dim"))
+    named = node.target in (torch.flatten, "flatten") and 1 in (*node.args[1:2], node.kwargs.get("start_dim"))
+    return named if module is None else isinstance(module, nn.Flatten) and module.start_dim == 1
 
 
 def _is_channelwise(module: nn.Module | None, node: fx.Node) -> bool:
-    if module is None:
-        return node.target in CHANNELWISE_FUNCTIONS
-    return isinstance(module, CHANNELWISE) or getattr(module, "channelwise", False)
+    known = node.target in CHANNELWISE_FUNCTIONS if module is None else isinstance(module, CHANNELWISE)
+    return known or getattr(module, "channelwise", False)
 
 
 def channel_links(network: nn.Module) -> dict[str, str]:

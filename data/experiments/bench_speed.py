@@ -102,11 +102,19 @@ class Machine:
         return {"schema": 1, "experiment": experiment, **about}
 
     def ready(self, network: nn.Module, example: Tensor) -> fast.Ready:
-        """The fastest of both layouts, on a GPU with ReLUs by themselves and in their layers; `form` tells which."""
+        """The fastest of both layouts, on a GPU with ReLUs by themselves and in their layers; `form` tells which.
+
+        And of widths filled up to 8 and 32 there, and of columns and samplers by measurement and dense throughout.
+        """
         how: dict[str, Any] = {"dtype": self.dtype, "tolerance": TOLERANCE if self.gpu else None}
+        layouts: dict[str, dict[str, Any]] = {"NCHW": {"channels_last": False}, "NHWC": {"channels_last": True}}
+        if any(isinstance(module, fast.OWN) for module in network.modules()):
+            layouts["NHWC, dense"] = {"channels_last": True, "engine": "dense"}
+        if self.gpu:
+            layouts |= {f"{name}, in 32s": {**given, "multiple": 32} for name, given in [*layouts.items()][1:]}
         made = dict[str, fast.Ready]()
-        for layout, last in (("NCHW", False), ("NHWC", True)):
-            made[layout] = plain = fast.optimise(network, example, channels_last=last, **how)
+        for layout, given in layouts.items():
+            made[layout] = plain = fast.optimise(network, example, **given, **how)
             if self.gpu:
                 self._rectify(made, layout, copy.deepcopy(plain), example)
         for form, each in made.items():
