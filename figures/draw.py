@@ -16,7 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
-from records import caption, departures, read, retraining_decay, summary_table, varied
+from records import caption, clocked, departures, read, retraining_decay, summary_table, varied
 
 from sppkit import state
 
@@ -73,11 +73,45 @@ def lost_by_method(*lists: pd.DataFrame) -> Figure:
     return figure
 
 
+def lost_over_speed(times: pd.DataFrame, *lists: pd.DataFrame) -> Figure:
+    """Points lost (mean and spread of all seeds) over the measured speed of one seed's network, to choose from.
+
+    times: `records.clocked`; by network and machine, of the methods in these lists, at the machine's largest batch.
+    """
+    sns.set_theme(style="whitegrid", context="notebook")
+    times = times[times["experiment"].isin({runs["experiment"].iloc[0] for runs in lists})]
+    times = times[(times["batch"] == times.groupby("machine")["batch"].transform("max"))]
+    networks, machines = [*dict.fromkeys(times["network"])], [*dict.fromkeys(times["machine"])]
+    colours = dict(zip(dict.fromkeys(times["title"]), sns.color_palette("tab10"), strict=False))
+    markers = dict(zip(sorted(set(times["flop_ratio_target"])), "o^sDv", strict=False))
+    size = (5.2 * len(networks) + 2, 3.6 * len(machines))
+    figure, axes = plt.subplots(len(machines), len(networks), figsize=size, layout="constrained", squeeze=False)
+    for (machine, network), group in times.groupby(["machine", "network"]):
+        ax = axes[machines.index(machine), networks.index(network)]
+        ax.axvline(1, color="0.35", lw=1.2)
+        for row in group.to_dict("records"):
+            how = {"color": colours[row["title"]], "marker": markers[row["flop_ratio_target"]], "ms": 8, "capsize": 3}
+            ax.errorbar(row["times"], row["lost"], row["spread"], ls="", **how)
+        ax.invert_yaxis()
+        ax.set_title(f"{network}\n{machine}, {group['precision'].iloc[0]}, batch {group['batch'].iloc[0]}", fontsize=10)
+        ax.set(xlabel="times the dense network's speed", ylabel="points lost")
+    handles = [plt.Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in colours.items()]
+    handles += [plt.Line2D([], [], color="0.5", marker=m, ls="", label=f"FLOP ratio {r:g}") for r, m in markers.items()]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    revisions = ", ".join(dict.fromkeys(times["revision"]))
+    figure.supxlabel(f"{caption(pd.concat(lists))}; times of one seed's network, {revisions}", fontsize=7, color="0.4")
+    return figure
+
+
 # file in figures/ -> (names of the records, function that draws them)
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "s1-convnet.png": (("s1-convnet",), lost_over_flop_ratio),
     "s1-light-decay.png": (("s1-light-decay",), lost_over_flop_ratio),
     "s1-retraining.png": (("s1-convnet", "s1-light-decay"), lost_by_method),
+    "lost-over-speed.png": (
+        ("bench-runs", "race-vgg16", "race-resnet56", "s2-resnet56", "blocks-resnet56"),
+        lost_over_speed,
+    ),
 }
 
 
@@ -104,7 +138,8 @@ def draw_all(root: Path) -> list[tuple[str, str]]:
         elif drawn_from(folder / file) == (wanted := source_hash(names, root)):
             done.append((file, "unchanged"))
         else:
-            figure, buffer = function(*(read(name, root) for name in names)), io.BytesIO()
+            frames = (clocked(root) if name == "bench-runs" else read(name, root) for name in names)
+            figure, buffer = function(*frames), io.BytesIO()
             figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None, "sppkit-source": wanted})
             plt.close(figure)
             state.write_bytes(folder / file, buffer.getvalue())

@@ -54,15 +54,36 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
     return runs.assign(title=titles, lost=runs["acc_baseline"] - final)
 
 
+def clocked(root: Path | None = None) -> pd.DataFrame:
+    """What `bench runs` measured last on each machine, a row a network and batch, beside what it lost.
+
+    Columns: machine, precision, revision, network, batch, experiment, run_id, title, flop_ratio_target, median_ms,
+    times (the dense network's speed), and of all seeds of such a run lost (mean), spread (standard deviation) and n.
+    """
+    path = (root or project_root()) / "data" / "runs" / "bench-runs.jsonl"
+    latest = {line["device"]: line for line in map(json.loads, path.read_text().splitlines())}
+    about = ("precision", "revision")
+    parts = [pd.DataFrame(b["rows"]).assign(machine=m, **{key: b[key] for key in about}) for m, b in latest.items()]
+    times = pd.concat(parts)[["machine", *about, "network", "batch", "run_id", "median_ms", "times", "experiment"]]
+    runs = pd.concat([read(name, root) for name in times["experiment"].dropna().unique()]).drop_duplicates("run_id")
+    alike = runs.assign(plan=varied(runs)).groupby(["experiment", "title", "plan", "flop_ratio_target"])["lost"]
+    runs = runs.assign(spread=alike.transform("std"), n=alike.transform("size"), lost=alike.transform("mean"))
+    return times.merge(runs[["run_id", "title", "flop_ratio_target", "lost", "spread", "n"]], on="run_id")
+
+
 def title(method: str, settings: dict[str, Any]) -> str:
     """The method of a run, its groups, and how it departs from the method it is named after.
 
     >>> title("spp", {"kind": "column", "ranking": "first"})
     'SPP, columns, ranked by first norms'
+    >>> title("spp", {"kind": "block8"})
+    'SPP, blocks of 8'
     >>> title("cp", {"renew": True})
     'CP, channels, BatchNorm renewed'
     """
-    kind = KINDS.get(method, f", {settings.get('kind', 'column')}s")
+    group = settings.get("kind", "column")
+    groups = f"blocks of {group.removeprefix('block')}" if group.startswith("block") else f"{group}s"
+    kind = KINDS.get(method, f", {groups}")
     norms = ", BatchNorm put back" if settings.get("norms") else ""
     return f"{TITLES[method]}{kind}{norms}{departures(settings)}"
 
