@@ -80,7 +80,8 @@ def lost_over_speed(times: pd.DataFrame, *lists: pd.DataFrame) -> Figure:
     """
     sns.set_theme(style="whitegrid", context="notebook")
     times = times[times["experiment"].isin({runs["experiment"].iloc[0] for runs in lists})]
-    times = times[(times["batch"] == times.groupby("machine")["batch"].transform("max"))]
+    largest = times.groupby("machine")["batch"].transform("max")
+    times = times[(times["batch"] == largest) & (times["flop_ratio_target"] > 1.5)]  # what prunes next to nothing
     networks, machines = [*dict.fromkeys(times["network"])], [*dict.fromkeys(times["machine"])]
     colours = dict(zip(dict.fromkeys(times["title"]), sns.color_palette("tab10"), strict=False))
     markers = dict(zip(sorted(set(times["flop_ratio_target"])), "o^sDv", strict=False))
@@ -95,7 +96,9 @@ def lost_over_speed(times: pd.DataFrame, *lists: pd.DataFrame) -> Figure:
         ax.invert_yaxis()
         ax.set_title(f"{network}\n{machine}, {group['precision'].iloc[0]}, batch {group['batch'].iloc[0]}", fontsize=10)
         ax.set(xlabel="times the dense network's speed", ylabel="points lost")
-    handles = [plt.Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in colours.items()]
+    seeds = times.groupby("title")["n"].unique().map(lambda found: ", ".join(map(str, sorted(found))))
+    names = {title: f"{title} (n={seeds[title]})" for title in colours}
+    handles = [plt.Line2D([], [], color=c, marker="o", ls="", label=names[title]) for title, c in colours.items()]
     handles += [plt.Line2D([], [], color="0.5", marker=m, ls="", label=f"FLOP ratio {r:g}") for r, m in markers.items()]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     revisions = ", ".join(dict.fromkeys(times["revision"]))
