@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import io
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -83,8 +84,9 @@ def lost_over_speed(times: pd.DataFrame, *lists: pd.DataFrame) -> Figure:
     largest = times.groupby("machine")["batch"].transform("max")
     times = times[(times["batch"] == largest) & (times["flop_ratio_target"] > 1.5)]  # what prunes next to nothing
     networks, machines = [*dict.fromkeys(times["network"])], [*dict.fromkeys(times["machine"])]
-    colours = dict(zip(dict.fromkeys(times["title"]), sns.color_palette("tab10"), strict=False))
-    markers = dict(zip(sorted(set(times["flop_ratio_target"])), "o^sDv", strict=False))
+    titles = [*dict.fromkeys(times["title"])]
+    colours = dict(zip(titles, sns.color_palette("tab10" if len(titles) < 11 else "husl", len(titles)), strict=True))
+    markers = dict(zip(sorted(set(times["flop_ratio_target"])), cycle("o^sDvPX"), strict=False))
     size = (5.2 * len(networks) + 2, 3.6 * len(machines))
     figure, axes = plt.subplots(len(machines), len(networks), figsize=size, layout="constrained", squeeze=False)
     for (machine, network), group in times.groupby(["machine", "network"]):

@@ -66,7 +66,8 @@ def clocked(root: Path | None = None) -> pd.DataFrame:
     parts = [pd.DataFrame(b["rows"]).assign(machine=m, **{key: b[key] for key in about}) for m, b in latest.items()]
     times = pd.concat(parts)[["machine", *about, "network", "batch", "run_id", "median_ms", "times", "experiment"]]
     runs = pd.concat([read(name, root) for name in times["experiment"].dropna().unique()]).drop_duplicates("run_id")
-    alike = runs.assign(plan=varied(runs)).groupby(["experiment", "title", "plan", "flop_ratio_target"])["lost"]
+    same = ["experiment", "network", "title", "plan", "flop_ratio_target"]
+    alike = runs.assign(plan=varied(runs)).groupby(same)["lost"]
     runs = runs.assign(spread=alike.transform("std"), n=alike.transform("size"), lost=alike.transform("mean"))
     return times.merge(runs[["run_id", "title", "flop_ratio_target", "lost", "spread", "n"]], on="run_id")
 

@@ -153,17 +153,17 @@ def flows(network: nn.Module) -> dict[str, Flow]:
 def spaces(network: nn.Module) -> dict[fx.Node, Flow]:
     """Which channels each value of a network has, in the order in which values come."""
     graph, found, flat = trace(network), dict[fx.Node, Flow](), set[fx.Node]()
-    calls = Counter(node.target for node in graph.nodes)
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         module, sources = network.get_submodule(node.target) if node.op == "call_module" else None, node.all_input_nodes
+        adds = module is None and node.target in SUMS  # a module may be called as the method is
         by_number, flattened = isinstance(module, ColumnConv2d | SampledConv2d), not flat.isdisjoint(sources)
         conv, flattens = by_number or (isinstance(module, nn.Conv2d) and module.groups == 1), _flattens(module, node)
-        found[node] = Flow(fixed=not conv or not node.users)
+        found[node] = Flow(fixed=not conv or not node.users or calls[node.target] > 1)
         if calls[node.target] == 1 and (isinstance(module, nn.Linear) if flattened else conv):
             found[node].writers += [node.target] if conv else []
-            read = found[sources[0]]
-            (read.samplers if by_number else read.consumers).append(node.target)
-        elif sources and (node.target in SUMS or _is_channelwise(module, node) or (flattens and not flattened)):
+            (found[sources[0]].samplers if by_number else found[sources[0]].consumers).append(node.target)
+        elif sources and (adds or _is_channelwise(module, node) or (flattens and not flattened)):
             first, *others = {found[source]: None for source in sources}
             first.norms += [node.target] if isinstance(module, nn.BatchNorm2d) else []
             first.fixed |= not node.users or (isinstance(module, nn.BatchNorm2d) and calls[node.target] > 1)

@@ -75,8 +75,8 @@ def optimise(
 def fill_up(network: nn.Module, multiple: int) -> None:
     """Widths between layers, in place, up to a `multiple` by zeros that no layer hears; the function stays.
 
-    The image gets its zeros where a convolution reads it. Not filled up: the output, and channels that anything but
-    layers, sums and channelwise operations reads.
+    The image gets its zeros where a convolution reads it. Not filled up: the output, what a sampler picks, and channels
+    that anything but layers, sums and channelwise operations reads, which must give something finite for zeros.
 
     >>> network = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3))
     >>> fill_up(network, 4)
@@ -95,9 +95,13 @@ def fill_up(network: nn.Module, multiple: int) -> None:
             writer.out_channels += extra
         for name in (*flow.consumers, *flow.samplers):
             _hear(network.get_submodule(name), width, extra)
-    for name in {str(user.target) for user in next(iter(values)).users}:
-        conv = dict(network.named_modules()).get(name)
-        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and (extra := -conv.in_channels % multiple):
+    readers, modules = (
+        {user.target for user in next(iter(values)).users},
+        [*network.named_modules(remove_duplicate=False)],
+    )
+    for name, conv in modules:
+        alone = type(conv) is nn.Conv2d and conv.groups == 1 and sum(module is conv for _, module in modules) == 1
+        if name in readers and alone and (extra := -conv.in_channels % multiple):
             _hear(conv, conv.in_channels, extra)
             network.set_submodule(name, nn.Sequential(nn.ZeroPad3d((0, 0, 0, 0, 0, extra)), conv))
 
@@ -110,7 +114,7 @@ def _hear(reader: Any, width: int, extra: int) -> None:
         return
     weight = reader.weight.unflatten(1, (width, -1))  # (O, C, pixels, ...)
     weight = F.pad(weight, [0, 0] * (weight.ndim - 2) + [0, extra]).flatten(1, 2)
-    reader.weight, reader.filled = nn.Parameter(weight), extra
+    reader.weight, reader.filled = nn.Parameter(weight), getattr(reader, "filled", 0) + extra
     setattr(reader, "in_features" if isinstance(reader, nn.Linear) else "in_channels", weight.shape[1])
 
 

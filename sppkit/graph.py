@@ -49,7 +49,7 @@ def sites(network: nn.Module, graph: fx.Graph, *, samplers: bool = True) -> dict
         while len(end.users) == 1 and isinstance(modules.get(next(iter(end.users)).target), nn.Identity):
             end = next(iter(end.users))
         total = next(iter(end.users)) if len(end.users) == 1 else None
-        if total is None or total.target not in SUMS or len({*total.all_input_nodes}) != 2:
+        if total is None or total.target not in SUMS or total.op == "call_module" or len({*total.all_input_nodes}) != 2:
             total = None
         if producer or (samplers and total is None):
             other = 0 if total is None else 1 - list(total.args).index(end)

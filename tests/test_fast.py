@@ -179,6 +179,46 @@ def test_channels_that_cannot_be_filled_up_are_left_alone() -> None:
     torch.testing.assert_close(full(images), network(images))
 
 
+class Named(nn.Module):
+    """Modules called like methods and like the nodes of a graph."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.a, self.add, self.output = nn.Conv2d(3, 6, 3, padding=1), between, nn.Conv2d(6, 4, 3)
+
+    def forward(self, output: Tensor) -> Tensor:
+        return self.output(self.add(self.a(output)))
+
+
+@pytest.mark.parametrize("between", [nn.Softmax(1), nn.GroupNorm(1, 6), nn.ReLU()])
+def test_names_of_modules_mean_nothing(between: nn.Module, images: Tensor) -> None:
+    network = Named(between).eval()
+    full, read = copy.deepcopy(network), copy.deepcopy(network)
+    fast.fill_up(full, 8)
+    torch.testing.assert_close(full(images), network(images))
+    read.output.weight.data[:, :4] = 0
+    small = compact(read)
+    torch.testing.assert_close(small(images), read(images))
+    assert widths(small)["a"] == (3, 2 if isinstance(between, nn.ReLU) else 6)
+
+
+def test_a_shared_layer_keeps_its_width_and_that_of_what_it_is_added_to(images: Tensor) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.twice, self.e = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(3, 6, 1)
+            self.alias, self.last = self.a, nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.twice(self.twice(self.alias(x))) + self.e(x))
+
+    network = Shared().eval()
+    full = copy.deepcopy(network)
+    fast.fill_up(full, 8)
+    torch.testing.assert_close(full(images), network(images))
+    assert widths(full)["e.1"] == (8, 6)
+
+
 @pytest.mark.parametrize("name", ["vgg16", "resnet20-projection"])
 def test_columns_and_samplers_read_from_filled_up_channels(name: str, images: Tensor) -> None:
     network, generator = trained(name), torch.Generator().manual_seed(3)
@@ -206,7 +246,8 @@ def test_a_masked_network_counts_as_one_however_full_it_is(images: Tensor) -> No
     fast.fill_up(network, 40)
     assert timing.masked(network)
     full, _ = fast.fold(trained("convnet"))
-    fast.fill_up(full, 40)
+    for multiple in (20, 40):  # twice
+        fast.fill_up(full, multiple)
     assert timing.convolutions(full)["conv2"].weight.shape[1] == 40
     assert timing.masked(full) is None
 
