@@ -151,6 +151,22 @@ def test_a_baseline_that_was_tampered_with_is_refused(digits: ImageData, tmp_pat
         baseline(SMALL, digits, places)
 
 
+def test_a_baseline_without_its_file_is_trained_anew_and_recorded(digits: ImageData, tmp_path: Path) -> None:
+    """As on a GPU, where training does not end in the same weights twice: that of held-out images is not committed."""
+    places, short = Places(tmp_path, revision="test"), replace(SMALL, baseline_steps=3, baseline_milestones=())
+    _, first = baseline(short, digits, places)
+    (path,) = places.checkpoints.iterdir()
+    path.unlink()
+    recorded = places.runs / "baseline.jsonl"
+    recorded.write_text(json.dumps(first | {"baseline_id": "other weights"}) + "\n")
+    (made,) = run_all([short.baseline()], places, device=torch.device("cpu"))
+    assert path.exists(), "planned by itself it is trained, whatever is recorded"
+    assert made["baseline_id"] == first["baseline_id"]
+    assert [base["baseline_id"] for base in lines(places, "baseline")] == ["other weights", first["baseline_id"]]
+    assert baseline(short, digits, places)[1]["baseline_id"] == first["baseline_id"]
+    assert len(lines(places, "baseline")) == 2
+
+
 def test_a_large_baseline_is_trained_anew_where_it_is_absent(
     digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

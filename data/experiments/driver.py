@@ -76,9 +76,8 @@ def run(
 
 def stages(experiment: Experiment, data: ImageData, places: Places, limits: Limits) -> Stages:
     """`run` as a generator that yields after every training step."""
-    # a record of such a baseline does not bring its weights back
-    trains = experiment.method == "baseline" and _is_large(networks.create(experiment.network))
-    if not trains and (found := places.find(experiment)) is not None:
+    # a record of a baseline does not bring its weights back
+    if experiment.method != "baseline" and (found := places.find(experiment)) is not None:
         return found
     data = hold_out(data, experiment.holdout) if experiment.holdout else data
     network, base = yield from _baseline(experiment, data, places, limits)
@@ -144,17 +143,18 @@ def _is_large(network: nn.Module) -> bool:
 def _baseline(
     experiment: Experiment, data: ImageData, places: Places, limits: Limits
 ) -> Generator[None, None, tuple[nn.Module, dict[str, Any]]]:
-    """The network, and the record that has its hash. A large one is trained anew where build/ does not hold it.
+    """The network, and the record that has its hash. It is trained anew where its file is not there.
 
-    Training on a GPU does not end in the same weights twice, so such a baseline can have several records.
+    Files of large ones, in build/, and of held-out ones are not committed, and training on a GPU does not end in the
+    same weights twice, so such a baseline can have several records.
     """
     base = experiment.baseline()
     network = networks.create(base.network, classes=len(data.classes), seed=base.seed).to(data.train.images.device)
     name = f"{base.network}-{Path(base.dataset).name}-seed{base.seed}-{base.run_id}.safetensors".replace("/", "-")
     large, settings = _is_large(network), base.phase("baseline")
     path = (places.root / "build" / "baselines" if large else places.checkpoints) / name
-    begin, size = time.monotonic(), len(data.train.images[0])
-    if path.exists():
+    begin, size, there = time.monotonic(), len(data.train.images[0]), path.exists()
+    if there:
         trained_on = state.load_network(network, path).get("image_size", size)
         if trained_on != size:
             raise ValueError(f"{path} was trained on {trained_on}-pixel images, not {size}; move it away")
@@ -164,7 +164,7 @@ def _baseline(
     identity = network_id(network)
     records = [r for r in lines(places.runs / f"{base.experiment}.jsonl") if r["run_id"] == base.run_id]
     found = next((r for r in records if r["baseline_id"] == identity), None)
-    if found is None and records and not large:
+    if found is None and records and there and not large:
         raise ValueError(f"{path} is not the network that its record describes; restore the file or delete both")
     if found is None:
         accuracies = dict.fromkeys(("acc_baseline", "acc_pruned", "acc_final"), evaluate(network, data, settings))
