@@ -6,6 +6,7 @@ the sum is what is to be reproduced (arXiv 1707.06168, section 3.3).
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -90,18 +91,18 @@ class Probe(fx.Interpreter):
 
 
 def fold(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """A copy in evaluation mode, each BatchNorm right behind a convolution merged into it; convolution -> BatchNorm."""
-    folded, norms = copy.deepcopy(network).eval(), dict[str, str]()
-    for node in trace(folded).nodes:
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        if node.op != "call_module" or user is None or user.op != "call_module":
-            continue
-        conv, norm = folded.get_submodule(node.target), folded.get_submodule(str(user.target))
-        layer = isinstance(conv, nn.Conv2d | ColumnConv2d)
-        if layer and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
-            folded.set_submodule(node.target, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
-            folded.set_submodule(str(user.target), nn.Identity())
-            norms[node.target] = str(user.target)
+    """A copy in evaluation mode, BatchNorm merged with the convolution before it, both run once; layer -> BatchNorm."""
+    graph, norms = trace(folded := copy.deepcopy(network).eval()), dict[str, str]()
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        user = next(iter(node.users)) if len(node.users) == 1 else node
+        if {node.op, user.op} == {"call_module"} and calls[node.target] == calls[user.target] == 1:
+            conv, norm = folded.get_submodule(node.target), folded.get_submodule(str(user.target))
+            layer = isinstance(conv, nn.Conv2d | ColumnConv2d)
+            if layer and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+                folded.set_submodule(node.target, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]
+                folded.set_submodule(str(user.target), nn.Identity())
+                norms[node.target] = str(user.target)
     return folded, norms
 
 

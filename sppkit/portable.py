@@ -51,9 +51,8 @@ def save(network: nn.Module, path: str | Path) -> None:
     for node in graph.nodes:
         target = names.get(node.target) if node.op == "call_function" else str(node.target)
         if target is None or (node.op == "call_method" and target not in METHODS):
-            raise ValueError(
-                f"{node.op} {node.target} (node {node.name!r}) cannot be written; torch.export may take it"
-            )
+            place = f"{node.op} {node.target} (node {node.name!r})"
+            raise ValueError(f"{place} cannot be written; torch.export may take it")
         if node.op == "call_module":
             modules[target] = _described(network.get_submodule(target), target)
         call = {"args": _plain(node.args), "kwargs": _plain(node.kwargs)}

@@ -219,6 +219,27 @@ def test_a_shared_layer_keeps_its_width_and_that_of_what_it_is_added_to(images: 
     assert widths(full)["e.1"] == (8, 6)
 
 
+def test_a_layer_or_a_norm_that_runs_twice_is_not_folded(images: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+            self.one, self.other = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.b(self.norm(self.a(x)).relu()))
+            return self.one(self.b(y)) + self.other(self.b(y))
+
+    network = Twice()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(str(module))))
+            module.weight.data.fill_(1.5 if module is network.one else 0.5)
+    folded, norms = fast.fold(network)
+    assert norms == {}
+    torch.testing.assert_close(folded(images), network.eval()(images))
+
+
 @pytest.mark.parametrize("name", ["vgg16", "resnet20-projection"])
 def test_columns_and_samplers_read_from_filled_up_channels(name: str, images: Tensor) -> None:
     network, generator = trained(name), torch.Generator().manual_seed(3)
