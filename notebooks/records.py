@@ -54,16 +54,23 @@ def read(name: str, root: Path | None = None) -> pd.DataFrame:
     return runs.assign(title=titles, lost=runs["acc_baseline"] - final)
 
 
+def latest(name: str, root: Path | None = None) -> dict[str, dict[str, Any]]:
+    """What a benchmark recorded last in data/runs/<name>.jsonl, by machine."""
+    path = (root or project_root()) / "data" / "runs" / f"{name}.jsonl"
+    return {line["device"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
 def clocked(root: Path | None = None) -> pd.DataFrame:
     """What `bench runs` measured last on each machine, a row a network and batch, beside what it lost.
 
     Columns: machine, precision, revision, network, batch, experiment, run_id, title, flop_ratio_target, median_ms,
     times (the dense network's speed), and of all seeds of such a run lost (mean), spread (standard deviation) and n.
     """
-    path = (root or project_root()) / "data" / "runs" / "bench-runs.jsonl"
-    latest = {line["device"]: line for line in map(json.loads, path.read_text().splitlines())}
     about = ("precision", "revision")
-    parts = [pd.DataFrame(b["rows"]).assign(machine=m, **{key: b[key] for key in about}) for m, b in latest.items()]
+    parts = [
+        pd.DataFrame(b["rows"]).assign(machine=m, **{key: b[key] for key in about})
+        for m, b in latest("bench-runs", root).items()
+    ]
     times = pd.concat(parts)[["machine", *about, "network", "batch", "run_id", "median_ms", "times", "experiment"]]
     runs = pd.concat([read(name, root) for name in times["experiment"].dropna().unique()]).drop_duplicates("run_id")
     same = ["experiment", "network", "title", "plan", "flop_ratio_target"]
