@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
 
@@ -52,3 +53,26 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], ModuleT
         return again
 
     return copy
+
+
+@pytest.fixture
+def ptx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Compiles a Triton kernel for a Hopper GPU, which takes none, and gives the assembly."""
+    compiler = pytest.importorskip("triton.compiler")
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compiled(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], sixteen: Iterable[str] = ()) -> str:
+        """constants may name what the kernel does not have; pointers and `sixteen` numbers are multiples of 16."""
+        names = kernel.arg_names
+        kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+        place = {name: (number,) for number, name in enumerate(names)}
+        source = compiler.ASTSource(
+            kernel, kinds, constexprs={place[name]: value for name, value in constants.items() if name in place},
+            attrs={place[name]: [["tt.divisibility", 16]] for name in names
+                   if name in sixteen or kinds[name].startswith("*")},
+        )  # fmt: skip
+        options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
+        return str(compiler.compile(source, target=target, options=options).asm["ptx"])
+
+    return compiled

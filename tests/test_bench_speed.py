@@ -104,6 +104,29 @@ def test_goals_are_met_from_their_limit_on() -> None:
     assert table["times"].tolist() == pytest.approx([1.9, 2.0, 2.1, 2.2, 3.0])
 
 
+def test_goals_of_a_gpu_are_against_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.Machine, "gpu", True)
+    kinds = ["columns", "blocks of 16", "blocks of 16, fused"]
+    single = pd.DataFrame([(name, kind, 1 + k) for name in bench.LAYERS for k, kind in enumerate(kinds)],
+                          columns=["layer", "kind", "times"])  # fmt: skip
+    rows = [
+        ("VGG-16", "dense, library", 0.5, 0.8),
+        ("VGG-16", "channels", 1.0, 2.44),
+        ("VGG-16", "channels in 8s", 1, 2.3),
+    ]
+    rows += [("VGG-16", "columns, gathered", 0.8, 0), ("VGG-16", "columns", 0.7, 0), ("VGG-16", "blocks of 16", 1, 0)]
+    rows += [("ResNet-50", "dense, library", 1.0, 1.0), ("ResNet-50", "channels", 1.3, 1.3)]
+    nets = pd.DataFrame(rows, columns=["architecture", "network", "times", "layers_times"]).assign(batch=64)
+    table = bench.goals(single, nets, replace(MACHINE, sizes=bench.FULL["cuda"])).set_index("what")
+    found = table.loc[["VGG-16 at 4, channels, its convolutions", "VGG-16 at 4, channels in 8s, its convolutions"]]
+    assert found["times"].tolist() == [2.44, 2.3]
+    assert found["library"].tolist() == pytest.approx([3.05, 2.875])
+    assert found["met"].tolist() == [True, False]
+    assert table["library"]["VGG-16 at 4, columns"] == pytest.approx(1.6)
+    assert table["library"]["conv4_2, a quarter in blocks of 16"] == 3
+    assert table.at["ResNet-50 at 2, channels and samplers", "met"]
+
+
 class Replayed(nn.Module):
     """What a CUDA graph is to the benchmark: it keeps nothing of what it reads, and cannot be copied."""
 
@@ -134,6 +157,9 @@ def test_the_way_of_a_gpu_through_the_benchmark(
 
     right = fast.optimise
     monkeypatch.setattr(bench, "engines", interpret(bench.engines))
+    dense = interpret(bench.dense_layers)
+    for kernel in ("_image", "_pool"):
+        monkeypatch.setattr(bench.dense_layers, kernel, getattr(dense, kernel))
     monkeypatch.setattr(fast, "Captured", Replayed)
     monkeypatch.setattr(fast, "optimise", optimise)
     monkeypatch.setattr(bench.Machine, "gpu", True)
@@ -151,10 +177,10 @@ def test_the_way_of_a_gpu_through_the_benchmark(
     nets = {"dense": whole, "columns": bench.fewer_columns(whole, image, 4)}
     nets[f"blocks of {bench.BLOCK}"] = bench.fewer_columns(whole, image, 4, kind=f"block{bench.BLOCK}")
     found = machine.table(nets, image).set_index("network")
-    assert [*found.index] == [*nets, "columns, gathered", "blocks of 16, gathered", "dense, again"]
+    assert [*found.index] == [*nets, "dense, library", "columns, gathered", "blocks of 16, gathered", "dense, again"]
     assert (found["difference"] < 1e-4).all()
     assert (found["layers_ms"] > 0).all()
-    assert found["form"].str.fullmatch("(NCHW|NHWC)(, dense)?(, in 32s)?(, ReLU inside)?").all()
+    assert found["form"].str.fullmatch("(NCHW|NHWC)(, dense)?(, in 32s)?(, ReLU inside|, own kernels)?").all()
     assert (table["difference"] < 1e-4).all()
     sound = bench.engines.GatheredConv2d.forward
     monkeypatch.setattr(bench.engines.GatheredConv2d, "forward", lambda self, x, **how: 1.05 * sound(self, x, **how))

@@ -6,6 +6,7 @@ Run on one with `python -m pytest tests/test_gpu.py`.
 import copy
 from dataclasses import replace
 
+import dense_layers
 import engines
 import pytest
 import torch
@@ -178,3 +179,28 @@ def test_the_engines_on_trial_compute_what_the_masked_convolution_does(engine, r
             for each in (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1)):
                 found = engines.GatheredConv2d(column, engine)(each).double()
                 assert float((found - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.parametrize("name", ["vgg16-bn", "resnet20", "torchvision/resnet50"])
+def test_what_dense_layers_are_spared_on_trial_changes_no_answer(name):
+    network, x = networks.create(name).to("cuda").eval(), torch.randn(3, 3, 32, 32, device="cuda")
+    for precision, limit in ((torch.float32, 1e-2), (torch.bfloat16, 0.05)):
+        ready = fast.optimise(network, x, dtype=precision, channels_last=True, tolerance=limit)
+        with torch.no_grad():
+            expected = network(x)
+            for change in (dense_layers.rectified, dense_layers.own_kernels):
+                ready.network = change(ready.network)
+                assert float((ready(x) - expected).norm() / expected.norm()) < limit
+    kinds = [type(module) for module in ready.modules()]
+    assert dense_layers.ImageConv2d in kinds
+    assert nn.MaxPool2d not in kinds
+
+
+def test_max_pooling_on_trial_is_torch_s():
+    x = torch.randn(4, 40, 29, 30, device="cuda", dtype=torch.bfloat16)
+    x[1, 2, 2, 4] = float("nan")
+    for each in (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1)):
+        for how in ({"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}):
+            found = dense_layers.MaxPool2d(**how)(each)
+            assert torch.equal(found.nan_to_num(7), nn.MaxPool2d(**how)(each).nan_to_num(7))
+            assert found.isnan().any()

@@ -2,7 +2,8 @@
 
 Nothing is trained: weights are random, and which channels and columns go is drawn; a clock does not see the difference.
 All networks, the dense one too, are made ready by `fast.optimise` in the layout of memory that is faster for each, on a
-GPU with ReLUs in their layers where that is (`engines.Rectified`); single layers take what they read as they want it.
+GPU with what `dense_layers` spares them where that is; "dense, library" is without its kernels. Single layers take what
+they read as they want it, and have no bias: a library adds it in a pass of its own unless a ReLU follows.
 On a GPU in bf16, each replayed as a CUDA graph, on a CPU in float32. Rounds are interleaved, and the dense network runs
 twice: how far its two times differ is the noise.
 
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import channels
+import dense_layers
 import engines
 import numpy as np
 import pandas as pd
@@ -101,10 +103,11 @@ class Machine:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
         return {"schema": 1, "experiment": experiment, **about}
 
-    def ready(self, network: nn.Module, example: Tensor) -> fast.Ready:
-        """The fastest of both layouts, on a GPU with ReLUs by themselves and in their layers; `form` tells which.
+    def ready(self, network: nn.Module, example: Tensor, *, own: bool = True) -> fast.Ready:
+        """The fastest of both layouts, on a GPU with and without what `dense_layers` has; `form` tells which.
 
         And of widths filled up to 8 and 32 there, and of columns and samplers by measurement and dense throughout.
+        own: False leaves out kernels that are not the library's.
         """
         how: dict[str, Any] = {"dtype": self.dtype, "tolerance": TOLERANCE if self.gpu else None}
         layouts: dict[str, dict[str, Any]] = {"NCHW": {"channels_last": False}, "NHWC": {"channels_last": True}}
@@ -114,33 +117,37 @@ class Machine:
             layouts |= {f"{name}, in 32s": {**given, "multiple": 32} for name, given in [*layouts.items()][1:]}
         made = dict[str, fast.Ready]()
         for layout, given in layouts.items():
-            made[layout] = plain = fast.optimise(network, example, **given, **how)
-            if self.gpu:
-                self._rectify(made, layout, copy.deepcopy(plain), example)
+            made[layout] = fast.optimise(network, example, **given, **how)
+            if self.gpu and layout != "NCHW":
+                inside = f"{layout}, ReLU inside"
+                self._try(made, layout, inside, dense_layers.rectified, example)
+                if own:
+                    self._try(made, inside, f"{layout}, own kernels", dense_layers.own_kernels, example)
         for form, each in made.items():
             each.form = form  # type: ignore[assignment]
             if self.gpu:
                 each.capture(example)
         return made[str(milliseconds(made, example, 5).median().idxmin())]
 
-    def _rectify(self, made: dict[str, fast.Ready], layout: str, ready: fast.Ready, example: Tensor) -> None:
-        """One more form; on trial: what a library has against it is printed."""
+    def _try(self, made: dict[str, fast.Ready], form: str, name: str, change: Any, example: Tensor) -> None:
+        """One more form of another one; on trial: what a GPU has against it is printed."""
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
+                ready = copy.deepcopy(made[form])
                 expected = ready(example)
-                ready.network = engines.rectified(ready.network)
+                ready.network = change(ready.network)
                 ready.difference += _apart(ready(example), expected)
-            made[f"{layout}, ReLU inside"] = ready
+            made[name] = ready
         except Exception as problem:
-            print(f"ReLU inside, {layout}, {len(example)} images: {problem}", flush=True)
+            print(f"{name}, {len(example)} images: {problem}", flush=True)
 
     def gathered(self, network: nn.Module, example: Tensor, engine: str) -> fast.Ready:
         """Columns by an engine on trial, fused or dense where that is faster, compared with the package's."""
         how: dict[str, Any] = {"dtype": self.dtype, "channels_last": True, "tolerance": TOLERANCE}
         ready = fast.optimise(network, example, engine="columns", **how)
-        with torch.inference_mode():
+        with torch.no_grad():
             expected = ready(example)
-            ready.network = engines.rectified(ready.network)
+            ready.network = dense_layers.own_kernels(dense_layers.rectified(ready.network))
             engines.gathered(ready, engine)
             if engine == "blocks":
                 fast.take_faster(ready, example, 5, engines.GatheredConv2d, "fused")
@@ -148,7 +155,7 @@ class Machine:
             else:
                 self._take_from(ready, example)
             ready.difference += _apart(ready(example), expected)
-            ready.form = "NHWC, ReLU inside"  # type: ignore[assignment]
+            ready.form = "NHWC, own kernels"  # type: ignore[assignment]
             ready.capture(example)
         return ready
 
@@ -167,21 +174,26 @@ class Machine:
 
     @torch.no_grad()
     def layers_ms(self, ready: fast.Ready, example: Tensor) -> float:
-        """The sum over the convolutions, with padding and ReLUs inside them, each by itself on the input it gets."""
-        kinds = (engines.Rectified, engines.GatheredConv2d, ColumnConv2d, nn.Conv2d, nn.ZeroPad3d)
-        found, inputs = dict[str, nn.Module](), dict[str, Tensor]()
+        """The sum over the convolutions, with padding, ReLUs and sums inside, each by itself on the input it gets."""
+        kinds: tuple[Any, ...] = (dense_layers.Rectified, dense_layers.Summed, dense_layers.ImageConv2d)
+        kinds += (engines.GatheredConv2d, ColumnConv2d, nn.Conv2d, nn.ZeroPad3d)
+        found, inputs = dict[str, nn.Module](), dict[str, list[Tensor]]()
         for name, module in ready.network.named_modules():
             if isinstance(module, kinds) and name.rpartition(".")[0] not in found:
                 found[name] = module
-        hooks = [module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].clone()}))
-                 for name, module in found.items()]  # fmt: skip
+
+        def note(name: str, module: nn.Module) -> Any:
+            return module.register_forward_pre_hook(lambda _, xs: inputs.update({name: [x.clone() for x in xs]}))
+
+        hooks = [note(name, module) for name, module in found.items()]
         ready.network(example.to(self.dtype, memory_format=ready.layout))
         for hook in hooks:
             hook.remove()
         total = 0.0
         for name, module in found.items():
-            x = inputs.pop(name)
-            probe = fast.Captured(module, x) if self.gpu else module
+            x, *others = inputs.pop(name)
+            work = _With(module, others)
+            probe = fast.Captured(work, x) if self.gpu else work
             total += float(milliseconds({name: probe}, x, self.sizes.rounds)[name].median())
         return total
 
@@ -201,6 +213,8 @@ class Machine:
         """`timing.measure` of the networks made ready, and how many times the first one's speed each has."""
         first = next(iter(networks))
         ready = {name: self.ready(network, example) for name, network in networks.items()}
+        if self.gpu:
+            ready[f"{first}, library"] = self.ready(networks[first], example, own=False)
         for name in [name for name in networks if self.gpu and name in TRIALS]:
             engine, *_ = TRIALS[name]
             try:
@@ -238,7 +252,7 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
         c, n, pixels = c // machine.sizes.shrink, n // machine.sizes.shrink, pixels * machine.sizes.pixels // 224
         torch.manual_seed(0)
         x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device)
-        dense = nn.Conv2d(c, n, 3, padding=1).to(machine.device)
+        dense = nn.Conv2d(c, n, 3, padding=1, bias=False).to(machine.device)
         block = min(BLOCK, c // 2)
         drawn = {"columns": _drawn(c, 1).to(machine.device), f"blocks of {block}": _drawn(c, block).to(machine.device)}
         ready: dict[str, nn.Module] = {"dense": machine.alone(dense, x)}
@@ -371,35 +385,71 @@ def by_width(machine: Machine) -> pd.DataFrame:
     pixels = 28 * machine.sizes.pixels // 224
     x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device)
     wide = range(max(n // 64, 1) * 2, n + 1, max(n // 64, 1))
-    convs = {str(w): nn.Conv2d(c, w, 3, padding=1).to(x.device) for w in wide}
+    convs = {str(w): nn.Conv2d(c, w, 3, padding=1, bias=False).to(x.device) for w in wide}
     ready = {w: machine.alone(conv, x, channels_last=machine.gpu) for w, conv in convs.items()}
     table = measure(ready, x, rounds=machine.sizes.rounds).rename_axis("filters").reset_index()
     return table.assign(filters=table["filters"].astype(int), inputs=c, pixels=pixels)
 
 
 def goals(single: pd.DataFrame, nets: pd.DataFrame, machine: Machine) -> pd.DataFrame:
-    """What is wanted of full sizes, and what came out: times the dense one's speed."""
+    """What is wanted of full sizes, and what came out: times the dense one's speed.
+
+    The wanted ones are against the library's dense network: `library`; `times` is against the fastest dense one.
+    """
     layer = single.assign(kind=single["kind"].map(_fastest)).groupby(["layer", "kind"])["times"].max()
-    batch = 64 if machine.gpu else 1
-    nets = nets[nets["batch"] == batch].assign(network=nets["network"].map(_fastest))
-    net = nets.groupby(["architecture", "network"])["times"].max()
-    wanted = [(f"{name}, a quarter of the columns", layer[name, "columns"], limit)
-              for name, limit in (("conv3_2", 1.4), ("conv4_2", 1.8), ("conv5_2", 1.8))]  # fmt: skip
+    nets = nets[nets["batch"] == (64 if machine.gpu else 1)].assign(network=lambda each: each["network"].map(_fastest))
+    wanted = []
+
+    def want(what: str, times: float, at_least: float, library: float = 1.0) -> None:
+        wanted.append({"what": what, "times": times, "library": times / library, "at_least": at_least})
+
+    def of_network(architecture: str, kind: str, at_least: float, column: str = "times", what: str = "") -> None:
+        found = nets[nets["architecture"] == architecture].groupby("network")[column].max()
+        ratio = "2, channels and samplers" if architecture == "ResNet-50" else f"4, {kind}"
+        want(f"{architecture} at {ratio}{what}", found[kind], at_least, found.get("dense, library", 1.0))
+
     if not machine.gpu:
-        wanted = [(f"{name}, a quarter of the columns", layer[name, "columns"], 2.0) for name in LAYERS]
-    if not machine.gpu:
-        wanted.append(("VGG-16 at 4, channels", net["VGG-16", "channels"], 3.0))
+        for name in LAYERS:
+            want(f"{name}, a quarter of the columns", layer[name, "columns"], 2.0)
+        of_network("VGG-16", "channels", 3.0)
     else:
-        convs = nets.groupby(["architecture", "network"])["layers_times"].max()
-        wanted += [(f"VGG-16 at 4, {kind}, its convolutions", convs["VGG-16", kind], 3.0)
-                   for kind in ("channels", "channels in 8s")]  # fmt: skip
-        wanted += [(f"{name}, a quarter in blocks of 16", layer[name, "blocks of 16"], 2.5)
-                   for name in ("conv4_2", "conv5_2")]  # fmt: skip
-        wanted += [("VGG-16 at 4, columns", net["VGG-16", "columns"], 1.5)]
-        wanted += [("VGG-16 at 4, blocks of 16", net["VGG-16", "blocks of 16"], 2.2)]
-        wanted += [("ResNet-50 at 2, channels and samplers", net["ResNet-50", "channels"], 1.3)]
-    frame = pd.DataFrame(wanted, columns=["what", "times", "at_least"])
-    return frame.assign(met=frame["times"] >= frame["at_least"])
+        for name, limit in (("conv3_2", 1.4), ("conv4_2", 1.8), ("conv5_2", 1.8)):
+            want(f"{name}, a quarter of the columns", layer[name, "columns"], limit)
+        for kind in ("channels", "channels in 8s"):
+            of_network("VGG-16", kind, 3.0, "layers_times", ", its convolutions")
+        for name in ("conv4_2", "conv5_2"):
+            want(f"{name}, a quarter in blocks of 16", layer[name, "blocks of 16"], 2.5)
+        for architecture, kind, limit in (
+            ("VGG-16", "columns", 1.5), ("VGG-16", "blocks of 16", 2.2), ("ResNet-50", "channels", 1.3)
+        ):  # fmt: skip
+            of_network(architecture, kind, limit)
+    frame = pd.DataFrame(wanted)
+    return frame.assign(met=frame["library"] >= frame["at_least"])
+
+
+def tuned(machine: Machine) -> dict[str, engines.Tiles]:
+    """How the engines' programs are cut here, by the speed of conv4_2."""
+    c, n, pixels = LAYERS["conv4_2"]
+    x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device, dtype=machine.dtype)
+    conv = nn.Conv2d(c, n, 3, padding=1, bias=False).to(x)
+    found = {}
+    for engine, block in (("columns", 1), ("fused", BLOCK)):
+        column = ColumnConv2d(conv, _drawn(c, block).to(x.device).nonzero().flatten())
+        layout = torch.contiguous_format if engine == "columns" else torch.channels_last
+        found[engine] = engines.tune(engines.GatheredConv2d(column, engine), x.to(memory_format=layout))
+    print(", ".join(f"{engine} in {tiles}" for engine, tiles in found.items()), flush=True)
+    return found
+
+
+class _With(nn.Module):
+    """A layer that reads others beside its input."""
+
+    def __init__(self, layer: nn.Module, others: list[Tensor]) -> None:
+        super().__init__()
+        self.layer, self.others = layer, others
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x, *self.others)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
@@ -428,6 +478,7 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     about = machine.about("bench-speed", options.revision)
     limits = ceilings(machine)
     print(", ".join(f"{name} {value:.3g}/s" for name, value in limits.items()))
+    tiles = tuned(machine) if machine.gpu else None
     frames = {"layers": layers(machine, limits)}
     _show(frames["layers"].drop(columns=["threads", "device"]))
     frames["networks"] = whole(machine)
@@ -435,7 +486,7 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     if not options.quick:
         frames["goals"] = goals(frames["layers"], frames["networks"], machine)
         _show(frames["goals"])
-    record = about | {"sizes": asdict(sizes), "ceilings": limits}
+    record = about | {"sizes": asdict(sizes), "ceilings": limits, "tiles": tiles}
     record |= {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
     folder = options.root / ("build" if options.quick else "data/runs")
     append_line(folder / "bench-speed.jsonl", json.dumps(record, allow_nan=False))

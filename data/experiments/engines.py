@@ -7,9 +7,9 @@ The package reads them through torch's indexing, which is made for any index. He
     blocks    gathers runs of 8, 16 or 32 neighbouring channels of one tap, of an input in channels-last, into a matrix
               (places, K) for the library's GEMM; what comes out is in channels-last
     fused     multiplies such runs while it reads them: no matrix is written
-    Rectified a layer and the ReLU after it: the output is written once, by cuDNN, the GEMM or `fused`
 
-Padding is never copied: each place of the output knows as bits which of its taps lie inside. `bench_speed` times them.
+Each takes the ReLU after it in. Padding is never copied: each place of the output knows as bits which of its taps lie
+inside. `bench_speed` times them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from dense_layers import Rectified
+from torch import Tensor, nn
 
-from sppkit.compact import ColumnConv2d, SampledConv2d, trace
+from sppkit import fast
+from sppkit.compact import ColumnConv2d
+from sppkit.timing import milliseconds
 
 ENGINES = ("columns", "blocks", "fused")
 RUNS = (32, 16, 8)  # channels
-# of a program: places, and columns or runs that share the arithmetic of these places; for `fused`: places, filters
-TILES = {"columns": (1024, 16), "blocks": (128, 8), "fused": (64, 256)}
-LAUNCH = {"columns": {"num_warps": 4}, "blocks": {"num_warps": 8}, "fused": {"num_warps": 4, "num_stages": 4}}
-STEP = 64  # columns that `fused` multiplies at once
-RELUS = (nn.functional.relu, torch.relu)
+Tiles = dict[str, int]
+# Of a program: places, and columns or runs (COUNT) that share the arithmetic of these places, or filters
+TILES: dict[str, Tiles] = {
+    "columns": {"PLACES": 1024, "COUNT": 16, "num_warps": 4},
+    "blocks": {"PLACES": 128, "COUNT": 8, "num_warps": 8},
+    "fused": {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5},
+}
+OTHERS: dict[str, list[Tiles]] = {  # that `tune` tries
+    "columns": [
+        {"PLACES": places, "COUNT": count, "num_warps": warps}
+        for places, count, warps in ((256, 8, 8), (256, 16, 8), (512, 8, 8), (512, 16, 16), (1024, 8, 16))
+    ],
+    "fused": [
+        {"PLACES": places, "FILTERS": filters, "num_warps": 4, "num_stages": stages}
+        for places, filters, stages in ((64, 256, 4), (64, 256, 5), (128, 128, 5), (64, 64, 4))
+    ],
+}
+STEP = 128  # bytes of columns that `fused` multiplies at once
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a torch without it
     triton = None
 else:
@@ -58,7 +75,7 @@ else:
         parts = (rows + COUNT - 1) // COUNT
         part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
-        for j in range(COUNT):
+        for j in tl.static_range(COUNT):
             k = part * COUNT + j
             column = tl.load(index + k, mask=k < K, other=0)
             tap = column % (KH * KW)
@@ -93,19 +110,19 @@ else:
         parts, column = (filters + FILTERS - 1) // FILTERS, tl.arange(0, STEP)
         part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        NOWHERE: tl.constexpr = 31 if KH * KW < 32 else 63
+        if NOWHERE == 31:
+            inside = inside.to(tl.int32)  # less arithmetic
         n = part * FILTERS + tl.arange(0, FILTERS)
         total = tl.full((PLACES, FILTERS), 0.0, tl.float32)
         for first in range(0, runs * RUN, STEP):
-            k = first + column
-            r = k // RUN
-            tap = tl.load(taps + r, mask=r < runs, other=63)  # 63: nowhere
+            r = (first + column) // RUN
+            tap = tl.load(taps + r, mask=r < runs, other=NOWHERE)
             offset = tl.load(run + r, mask=r < runs, other=0) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
             offset = tl.max_contiguous(tl.multiple_of(offset + column % RUN, RUN), RUN)  # so that vectors are read
             there = tl.max_constancy((inside[:, None] >> tap[None, :]) & 1 == 1, (1, RUN))
             a = tl.load(x + (base[:, None] + offset[None, :]), mask=there, other=0)
-            known = (r < runs)[:, None] & (n < filters)[None, :]
-            b = tl.load(weight + k[:, None] * filters + n[None, :], mask=known, other=0)
-            total = tl.dot(a, b, total, input_precision="ieee")
+            total = tl.dot(a, weight.load([first, part * FILTERS]), total, input_precision="ieee")
         total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
         total = tl.maximum(total, 0.0) if RELU else total
         to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
@@ -160,6 +177,8 @@ class GatheredConv2d(nn.Module):
         else:  # (K, O), run by run
             order = ((index // taps // self.run * taps + index % taps) * self.run + index // taps % self.run).argsort()
             weight, first = weight[:, order].T.contiguous(), index[order][:: self.run]
+            if engine == "fused":  # rows of whole 16 bytes, which the kernel loads at once
+                weight = nn.functional.pad(weight, (0, -weight.shape[1] % ROWS))
             self.register_buffer("taps", (first % taps).int())
             self.register_buffer("runs", (first // taps // self.run).int())
         self.weight = nn.Parameter(weight)
@@ -189,73 +208,50 @@ class GatheredConv2d(nn.Module):
         sizes: tuple[Any, ...] = (B * Ho * Wo, H, W, Ho, Wo)
         if self.engine == "columns":
             y = self._by_columns(x, sizes, (sB, sC, sH, sW, *tail))
-            y = y.relu_() if self.relu else y
             return y.unflatten(1, (B, Ho, Wo)).transpose(0, 1)  # (B, O, Ho, Wo)
         y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, sizes, (sB, sH, sW, *tail))
         return y.unflatten(0, (B, Ho, Wo)).permute(0, 3, 1, 2)
 
     def _by_columns(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        K, rows, (most, count), kernel = len(self.index), self.weight.shape[1], TILES["columns"], globals()["_columns"]
-        read, grid = x.new_empty(rows, sizes[0]), (triton.cdiv(rows, count) * triton.cdiv(sizes[0], most),)
+        K, rows, kernel, how = len(self.index), self.weight.shape[1], globals()["_columns"], TILES["columns"]
+        read = x.new_empty(rows, sizes[0])
         if rows:
-            how = {"PLACES": most, "COUNT": count, **LAUNCH["columns"]}
+            grid = (triton.cdiv(rows, how["COUNT"]) * triton.cdiv(sizes[0], how["PLACES"]),)
             kernel[grid](x, self.index, read, K, rows, *sizes, *rest, **how)
+        if self.relu and rows:
+            return torch._addmm_activation(x.new_zeros(sizes[0]), self.weight, read)
         return self.weight @ read
 
     def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        runs, (most, count), kernel = len(self.runs), TILES["blocks"], globals()["_blocks"]
+        runs, kernel, how = len(self.runs), globals()["_blocks"], TILES["blocks"]
         read = x.new_empty(sizes[0], runs * self.run)
-        grid = (triton.cdiv(runs, count) * triton.cdiv(sizes[0], most),)
-        how = {"RUN": self.run, "PLACES": most, "COUNT": count, **LAUNCH["blocks"]}
-        kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, **how)
+        grid = (triton.cdiv(runs, how["COUNT"]) * triton.cdiv(sizes[0], how["PLACES"]),)
+        kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, RUN=self.run, **how)
         bias = x.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
         return (torch._addmm_activation if self.relu else torch.addmm)(bias, read, self.weight)
 
     def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        filters, (most, wide), kernel = self.weight.shape[1], TILES["fused"], globals()["_fused"]
-        bias = x.new_zeros(filters) if self.bias is None else self.bias
-        y, grid = x.new_empty(sizes[0], filters), (triton.cdiv(filters, wide) * triton.cdiv(sizes[0], most),)
-        how = {"RUN": self.run, "PLACES": most, "FILTERS": wide, "STEP": STEP, "RELU": self.relu, **LAUNCH["fused"]}
-        given = (x, self.runs, self.taps, self.weight, bias, y, len(self.runs), sizes[0], filters)
-        kernel[grid](*given, *sizes[1:], *rest, **how)
+        filters, kernel, how = self.column[0].out_channels, globals()["_fused"], TILES["fused"]
+        bias, step = x.new_zeros(filters) if self.bias is None else self.bias, STEP // x.element_size()
+        y = x.new_empty(sizes[0], filters)
+        grid = (triton.cdiv(filters, how["FILTERS"]) * triton.cdiv(sizes[0], how["PLACES"]),)
+        weight = TensorDescriptor.from_tensor(self.weight.data, [step, how["FILTERS"]])
+        given = (x, self.runs, self.taps, weight, bias, y, len(self.runs), sizes[0], filters)
+        kernel[grid](*given, *sizes[1:], *rest, RUN=self.run, STEP=step, RELU=self.relu, **how)
         return y
 
 
-class Rectified(nn.Module):
-    """A convolution of any kind, and a ReLU."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if not isinstance(layer, nn.Conv2d) or isinstance(layer, SampledConv2d) or not x.is_cuda:
-            return nn.functional.relu(layer(x))
-        moves: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return torch.cudnn_convolution_relu(x, layer.weight, layer.bias, *moves)
-
-
-def rectified(network: nn.Module) -> nn.Module:
-    """The network with convolutions that nothing but a ReLU reads, by way of folded BatchNorms, as `Rectified`."""
-    graph, modules = trace(network), dict(network.named_modules())
-    for node in [*graph.nodes]:
-        module = _module(modules, node)
-        if not isinstance(module, nn.Conv2d | ColumnConv2d):
-            continue
-        after = node
-        while len(after.users) == 1 and isinstance(_module(modules, next(iter(after.users))), nn.Identity):
-            after = next(iter(after.users))
-        reader = next(iter(after.users)) if len(after.users) == 1 else after
-        if isinstance(_module(modules, reader), nn.ReLU) or reader.target in RELUS:
-            reader.replace_all_uses_with(after)
-            graph.erase_node(reader)
-            network.set_submodule(node.target, Rectified(module))
-    return fx.GraphModule(network, graph)
-
-
-def _module(modules: dict[str, nn.Module], node: fx.Node) -> nn.Module | None:
-    return modules.get(str(node.target)) if node.op == "call_module" else None
+def tune(layer: GatheredConv2d, x: Tensor) -> Tiles:
+    """Set TILES of the layer's engine, on a GPU, to what is fastest for it, and return them."""
+    tried, made = [TILES[layer.engine], *OTHERS.get(layer.engine, [])], dict[int, nn.Module]()
+    for number, tiles in enumerate(tried):
+        TILES[layer.engine] = tiles
+        try:
+            made[number] = fast.Captured(layer, x)
+        except Exception as problem:  # more memory than a multiprocessor has, for one
+            print(f"{layer.engine}, {tiles}: {problem}", flush=True)
+    TILES[layer.engine] = tried[int(milliseconds(made, x, 5).median().idxmin())]  # type: ignore[arg-type]
+    return TILES[layer.engine]
 
 
 def gathered(network: nn.Module, engine: str = "columns") -> nn.Module:
