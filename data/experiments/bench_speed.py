@@ -392,9 +392,9 @@ def by_width(machine: Machine) -> pd.DataFrame:
 
 
 def goals(single: pd.DataFrame, nets: pd.DataFrame, machine: Machine) -> pd.DataFrame:
-    """What is wanted of full sizes, and what came out: times the dense one's speed.
+    """What is wanted of full sizes, and what came out: times the speed of the fastest dense one.
 
-    The wanted ones are against the library's dense network: `library`; `times` is against the fastest dense one.
+    library: of the dense one without kernels of our own; what such kernels do for both is no merit of pruning.
     """
     layer = single.assign(kind=single["kind"].map(_fastest)).groupby(["layer", "kind"])["times"].max()
     nets = nets[nets["batch"] == (64 if machine.gpu else 1)].assign(network=lambda each: each["network"].map(_fastest))
@@ -424,7 +424,7 @@ def goals(single: pd.DataFrame, nets: pd.DataFrame, machine: Machine) -> pd.Data
         ):  # fmt: skip
             of_network(architecture, kind, limit)
     frame = pd.DataFrame(wanted)
-    return frame.assign(met=frame["library"] >= frame["at_least"])
+    return frame.assign(met=frame["times"] >= frame["at_least"])
 
 
 def tuned(machine: Machine) -> dict[str, engines.Tiles]:
