@@ -1,8 +1,7 @@
 """Milliseconds by the clock, in one place. "Speedup" is a ratio of such times, of networks that are compact."""
 
-from __future__ import annotations
-
 import copy
+import random
 import time
 from collections.abc import Mapping
 
@@ -16,7 +15,7 @@ MASKED = 0.1  # share of a layer's columns that are zero from which it counts as
 
 
 def measure(networks: Mapping[str, nn.Module], example: Tensor, *, rounds: int = 20) -> pd.DataFrame:
-    """Milliseconds of a forward pass of each network on `example`, interleaved round by round after a warm-up.
+    """Milliseconds of a forward pass of each network on `example`, in rounds of drawn order, after a warm-up.
 
     Returns one row a network: median_ms, iqr_ms (interquartile range), batch, rounds, threads, device. CUDA events
     time the GPU, a monotonic clock the CPU. Run the same network under two names to see the noise. Raises ValueError
@@ -47,9 +46,11 @@ def masked(network: nn.Module) -> str | None:
 
 
 def milliseconds(modules: Mapping[str, nn.Module], example: Tensor, rounds: int) -> pd.DataFrame:
-    """One row a round, one column a module, after three rounds that warm up."""
+    """One row a round, one column a module, after three rounds that warm up; each draws its order."""
+    orders = [random.Random(k).sample([*modules], len(modules)) for k in range(rounds + 3)]
     with torch.inference_mode():
-        return pd.DataFrame([{n: _once(m, example) for n, m in modules.items()} for _ in range(rounds + 3)][3:])
+        rows = [{name: _once(modules[name], example) for name in order} for order in orders]
+    return pd.DataFrame(rows[3:], columns=[*modules])
 
 
 def _once(module: nn.Module, example: Tensor) -> float:

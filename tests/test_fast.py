@@ -139,6 +139,19 @@ def test_filled_up_widths_are_multiples_and_the_function_stays(name: str, images
     torch.testing.assert_close(full(images), network(images), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("width", "multiple", "full"),
+    [(59, 8, 64), (56, 8, 64), (55, 8, 56), (118, 32, 128), (100, 32, 128), (111, 8, 112), (470, 16, 512), (64, 8, 64),
+     (59, 1, 59), (60, 24, 72), (60, 128, 128), (65, 8, 72)],
+)  # fmt: skip
+def test_what_is_nearly_a_full_tile_becomes_one(width: int, multiple: int, full: int) -> None:
+    network, images = nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 2, 1)), torch.randn(2, 3, 4, 4)
+    expected = network(images)
+    fast.fill_up(network, multiple)
+    assert network[2].in_channels == full
+    torch.testing.assert_close(network(images), expected)
+
+
 def test_what_else_needs_its_number_of_channels_keeps_it(images: Tensor) -> None:
     """Option A's zeros lie in the middle of the channels; the output's are classes."""
     network = trained("resnet20")

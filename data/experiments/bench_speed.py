@@ -11,7 +11,7 @@ ceilings: of a large matrix product (operations a second) and a large copy (byte
 floor_ms: of a layer by these, with every number read or written once: the longer of multiplying and moving, for columns
 the sum of both, since they are gathered into a matrix first, but where an engine is fused. of_floor: floor over
 measured. difference: of outputs, over their size, from the dense network's or the masked convolution's.
-layers_ms: the sum of a network's convolutions, each by itself.
+layers: of a network's convolutions, each by itself; layers_ms is their sum.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class Machine:
             ready.network.set_submodule(name, layers[name])
 
     @torch.no_grad()
-    def layers_ms(self, ready: fast.Ready, example: Tensor) -> float:
-        """The sum over the convolutions, with padding, ReLUs and sums inside, each by itself on the input it gets."""
+    def by_layer(self, ready: fast.Ready, example: Tensor) -> dict[str, float]:
+        """Milliseconds of convolutions, with padding, ReLUs and sums inside, each by itself on the input it gets."""
         kinds: tuple[Any, ...] = (dense_layers.Rectified, dense_layers.Summed, dense_layers.ImageConv2d)
         kinds += (engines.GatheredConv2d, ColumnConv2d, nn.Conv2d, nn.ZeroPad3d)
         found, inputs = dict[str, nn.Module](), dict[str, list[Tensor]]()
@@ -189,13 +189,13 @@ class Machine:
         ready.network(example.to(self.dtype, memory_format=ready.layout))
         for hook in hooks:
             hook.remove()
-        total = 0.0
+        times = dict[str, float]()
         for name, module in found.items():
             x, *others = inputs.pop(name)
             work = _With(module, others)
             probe = fast.Captured(work, x) if self.gpu else work
-            total += float(milliseconds({name: probe}, x, self.sizes.rounds)[name].median())
-        return total
+            times[name] = float(milliseconds({name: probe}, x, self.sizes.rounds)[name].median())
+        return times
 
     def alone(self, layer: nn.Module, x: Tensor, *, channels_last: bool = False) -> nn.Module:
         """A layer in the machine's precision; on a GPU a CUDA graph on `x`, converted beforehand to this layout."""
@@ -227,7 +227,8 @@ class Machine:
         table["difference"] = pd.Series({name: each.difference for name, each in ready.items()})
         table["form"] = pd.Series({name: str(each.form) for name, each in ready.items()})
         if len(example) == self.sizes.layer_batch:
-            table["layers_ms"] = pd.Series({name: self.layers_ms(each, example) for name, each in ready.items()})
+            table["layers"] = pd.Series({name: self.by_layer(each, example) for name, each in ready.items()})
+            table["layers_ms"] = table["layers"].map(lambda times: sum(times.values()))
             table["layers_times"] = table["layers_ms"].iloc[0] / table["layers_ms"]
         return table.rename_axis("network").reset_index()
 
@@ -375,7 +376,7 @@ def whole(machine: Machine) -> pd.DataFrame:
             example = random_images(batch, machine.sizes.pixels, seed=1).to(machine.device)
             table = machine.table(found, example).assign(architecture=name)
             parts.append(table.assign(flop_ratio=table["network"].map(_fastest).map(ratios).fillna(1.0)))
-            _show(parts[-1].drop(columns=["threads", "device"]))
+            _show(parts[-1].drop(columns=["threads", "device", "layers"], errors="ignore"))
     return pd.concat(parts, ignore_index=True)
 
 
