@@ -114,7 +114,7 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "s1-light-decay.png": (("s1-light-decay",), lost_over_flop_ratio),
     "s1-retraining.png": (("s1-convnet", "s1-light-decay"), lost_by_method),
     "lost-over-speed.png": (
-        ("bench-runs", "race-vgg16", "race-resnet56", "s2-resnet56", "blocks-resnet56"),
+        ("bench-runs", "race-vgg16", "race-resnet56", "s2-resnet56", "blocks-resnet56", "blocks-vgg16"),
         lost_over_speed,
     ),
 }

@@ -143,7 +143,7 @@ class ImageConv2d(nn.Module):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """The same as torch's, whose kernel takes five times as long; what lies in another order than its own, by torch."""
+    """The same as torch's, whose kernel takes several times as long; what lies in another order by torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         for order in ((0, 2, 3, 1), (0, 1, 2, 3), (1, 0, 2, 3)):
