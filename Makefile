@@ -9,7 +9,7 @@ READY = .venv/.ready
 
 help:
 	@echo 'make reproduce   every notebook in the quick profile, and figures/ redrawn from the recorded runs'
-	@echo 'make test        linter, formatter, type check, unit tests, doctests, notebooks under test'
+	@echo 'make test        linter, formatter, type check, unit tests, doctests, programs and notebooks under test'
 	@echo 'make lab         JupyterLab on the notebooks'
 	@echo 'make figures     figures/ redrawn from the recorded runs'
 	@echo 'make notebooks   for maintainers: execute in place the notebooks that a change affects'
@@ -33,7 +33,8 @@ test: $(READY)
 	step linter $(PY) -m ruff check .; \
 	step formatter $(PY) -m ruff format --check .; \
 	step types $(PY) -m mypy sppkit notebooks/*.py notebooks/training data/experiments figures/draw.py; \
-	step unit-tests $(PY) -m pytest -q -n 2 --dist loadfile; \
+	step unit-tests $(PY) -m pytest -q -n 2 --dist loadfile -m 'not program'; \
+	step programs $(PY) -m pytest -q -n 2 --dist loadfile -m program; \
 	step notebooks $(PY) notebooks/run.py --profile quick; \
 	echo '== summary'; printf '%s' "$$summary" | tr '|' '\n'; \
 	test -z "$$failed"

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# What is around the package: commands, experiments, notebooks. Their tests start processes and train networks
+PROGRAMS = ("bench_channels", "bench_runs", "bench_speed", "channels", "cli", "driver", "figures", "notebooks")
+PROGRAMS += ("packaging", "prune", "single", "variants")
 
 torch.set_num_threads(1)  # small tensors: more threads are slower, and sums would depend on their number
 
@@ -26,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "cifar10": None if cifar10.is_dir() else "no data/cifar-10-batches-py",
     }
     for item in items:
+        if item.path.stem.removeprefix("test_") in PROGRAMS:
+            item.add_marker(pytest.mark.program)
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
