@@ -83,7 +83,7 @@ def fill_up(network: nn.Module, multiple: int) -> None:
     torch.Size([2, 8, 3, 3])
     """
     values = spaces(network)
-    for flow in {flow: None for flow in values.values() if not (flow.fixed or flow.norms)}:
+    for flow in {flow: None for flow in values.values() if flow.writers and not (flow.fixed or flow.norms)}:
         writers: list[Any] = [network.get_submodule(name) for name in flow.writers]
         width, *others = {writer.out_channels for writer in writers}
         near = multiple in (8, 16, 32) and 8 * width >= 7 * (width + -width % 64)

@@ -67,6 +67,16 @@ def _read_again(y: Tensor, x: Tensor) -> Tensor:
     return z + x
 
 
+def _written(y: Tensor, x: Tensor) -> Tensor:
+    return torch.relu(y + nn.functional.relu(x, inplace=True))
+
+
+def _other_name(y: Tensor, x: Tensor) -> Tensor:
+    x = x + 1
+    z = x.view(x.shape)
+    return torch.relu(z.add_(y)) + x
+
+
 SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "sum": (lambda y, x: torch.relu(y + x), 1),
     "the other way": (lambda y, x: nn.functional.relu(torch.add(x, y)), 1),
@@ -75,7 +85,10 @@ SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
     "of a number": (lambda y, _: torch.relu(y + 2), 0),
     "scaled": (lambda y, x: torch.relu(torch.add(y, x, alpha=2)), 0),
     "read twice": (lambda y, x: torch.relu(y + x) + y, 0),
-    "the sum read twice": (lambda y, x: torch.relu(y + x) + (y + x), 1),
+    "the sum read twice": (lambda y, x: torch.relu(y + x) + (y + x), 0),  # two sums for torch.fx
+    "to what is written before": (_written, 0),
+    "to another name of what is read": (_other_name, 0),
+    "spread": (lambda y, x: torch.relu(y + x.mean((2, 3), keepdim=True)), 1),
     "written to and read again": (_read_again, 0),
     "no ReLU": (lambda y, x: y + x, 0),
 }
@@ -89,8 +102,65 @@ def test_sums_that_go_inside(name: str) -> None:
         expected = network(x.clone())
         made = dense_layers.rectified(network)
         torch.testing.assert_close(made(x.clone()), expected)
-    if name != "the sum read twice":  # torch.fx makes two sums of it, each with a reader of its own: none goes inside
-        assert [type(module) for module in made.modules()].count(dense_layers.Summed) == inside
+    assert [type(module) for module in made.modules()].count(dense_layers.Summed) == inside
+
+
+class Two(nn.Module):
+    """A sum of two convolutions, or of what became of them."""
+
+    def __init__(self, how: Callable[[Tensor, Tensor, Tensor], Tensor], filters: int = 3) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Conv2d(3, filters, 1), nn.Conv2d(3, 3, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.a(x), self.b(x), x)
+
+
+@pytest.mark.parametrize(
+    ("how", "filters", "biases"),
+    [
+        (lambda a, b, _: torch.relu(b + a), 3, 1),
+        (lambda a, b, _: torch.relu(b + torch.relu(a)), 3, 2),
+        (lambda a, b, x: torch.relu(b + torch.relu(a + x)), 3, 2),
+        (lambda a, b, _: torch.relu(b + a), 1, 2),
+        (lambda a, b, _: torch.relu(b + a) + a, 3, 2),
+    ],
+)
+def test_a_bias_moves_where_nothing_lies_between(how: Any, filters: int, biases: int) -> None:
+    network, x = Two(how, filters), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        expected = network(x)
+        made = dense_layers.rectified(network)
+        torch.testing.assert_close(made(x), expected)
+    assert sum(name.endswith("bias") for name, _ in made.named_parameters()) == biases
+
+
+@pytest.mark.parametrize("how", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+def test_what_the_library_s_functions_would_pad_otherwise_stays_a_layer(how: dict[str, Any]) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, **how)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x) + x)
+
+    network, x = Padded(), torch.randn(1, 3, 5, 5)
+    expected = network(x)
+    made = dense_layers.rectified(network)
+    torch.testing.assert_close(made(x), expected)
+    assert dense_layers.Summed not in [type(module) for module in made.modules()]
+    assert not dense_layers._is_plain(network.conv)
+
+
+def test_padding_and_pooling_of_one_s_own_stay() -> None:
+    pad = nn.Sequential(nn.ZeroPad3d((1, 1, 1, 1, 0, 0)), nn.Conv2d(3, 8, 3))
+    kinds = [type(module) for module in dense_layers.own_kernels(pad).modules()]
+    assert kinds == [nn.Sequential, nn.ZeroPad3d, nn.Conv2d]
+    both = nn.Sequential(nn.MaxPool2d(2, return_indices=True))
+    assert type(dense_layers.own_kernels(both)[0]) is nn.MaxPool2d  # type: ignore[index]
+    x = torch.randn(3, 4, 4)
+    assert torch.equal(dense_layers.MaxPool2d(2)(x), nn.MaxPool2d(2)(x))  # one image without a batch
 
 
 def test_a_layer_that_is_called_twice_keeps_its_relu_outside() -> None:

@@ -163,3 +163,5 @@ def test_programs_are_cut_as_is_fastest(interpreted: ModuleType, monkeypatch: py
     monkeypatch.setattr(interpreted, "milliseconds", milliseconds)
     assert interpreted.tune(layer, torch.randn(1, 3, 8, 8)) == tried[3] == interpreted.OTHERS["columns"][2]
     assert interpreted.TILES["columns"] == tried[3]
+    monkeypatch.setattr(interpreted.fast, "Captured", lambda *_: 1 / 0)
+    assert interpreted.tune(layer, torch.randn(1, 3, 8, 8)) == tried[3], "nothing runs: as it was"

@@ -136,7 +136,10 @@ class Machine:
                 ready = copy.deepcopy(made[form])
                 expected = ready(example)
                 ready.network = change(ready.network)
-                ready.difference += _apart(ready(example), expected)
+                apart = _apart(ready(example), expected)
+            if not apart < TOLERANCE:
+                raise RuntimeError(f"outputs differ by {apart:.1e}")
+            ready.difference += apart
             made[name] = ready
         except Exception as problem:
             print(f"{name}, {len(example)} images: {problem}", flush=True)

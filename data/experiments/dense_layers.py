@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sppkit.compact import SUMS, ColumnConv2d, SampledConv2d, trace
 
 RELUS = (F.relu, torch.relu)
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, "add_")
 FEW = 256  # columns of an `ImageConv2d` at most
 STEP = 32  # columns that it multiplies at once
 TILES = {"image": {"PLACES": 128, "num_warps": 4}, "pool": {"NUMBERS": 2048, "num_warps": 4}}  # of a program
@@ -87,9 +88,10 @@ class Rectified(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if not isinstance(layer, nn.Conv2d) or isinstance(layer, SampledConv2d) or not x.is_cuda:
+        if not _is_plain(layer) or not x.is_cuda:
             return F.relu(layer(x))
-        return torch.cudnn_convolution_relu(x, layer.weight, layer.bias, *_moves(layer))
+        conv = cast(nn.Conv2d, layer)
+        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *_moves(conv))
 
 
 class Summed(nn.Module):
@@ -101,13 +103,26 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         layer = self.layer
-        if not x.is_cuda:
-            return F.relu(layer(x) + other)
+        if not x.is_cuda or getattr(other, "shape", None) != (len(x), layer.out_channels, *_size(x, layer)):
+            return F.relu(layer(x) + other)  # a sum that spreads one of both, for one
         return torch.cudnn_convolution_add_relu(x, layer.weight, other, 1.0, layer.bias, *_moves(layer))
 
 
 def _moves(layer: nn.Conv2d) -> tuple[Any, ...]:
     return layer.stride, layer.padding, layer.dilation, layer.groups
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a convolution is one that the library's functions take as it is."""
+    plain = isinstance(layer, nn.Conv2d) and not isinstance(layer, SampledConv2d)
+    return plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _size(x: Tensor, layer: Any) -> tuple[int, int]:
+    """Height and width of what a convolution with padding in numbers gives."""
+    sides = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
+    Ho, Wo = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+    return Ho, Wo
 
 
 class ImageConv2d(nn.Module):
@@ -132,8 +147,7 @@ class ImageConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (K, filters), (B, _, H, W), kernel = self.weight.shape, x.shape, globals()["_image"]
-        sides = zip((H, W), self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-        Ho, Wo = ((n + 2 * int(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        Ho, Wo = _size(x, self)
         how = {"K": K, "KH": self.kernel_size[0], "KW": self.kernel_size[1], "STEP": STEP, "RELU": self.relu}
         how |= {"FILTERS": max(16, triton.next_power_of_2(filters)), **TILES["image"]}
         y, grid = x.new_empty(B, Ho, Wo, filters), (triton.cdiv(B * Ho * Wo, how["PLACES"]),)
@@ -146,7 +160,7 @@ class MaxPool2d(nn.MaxPool2d):
     """The same as torch's, whose kernel takes several times as long; what lies in another order by torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for order in ((0, 2, 3, 1), (0, 1, 2, 3), (1, 0, 2, 3)):
+        for order in ((0, 2, 3, 1), (0, 1, 2, 3), (1, 0, 2, 3)) if triton and x.ndim == 4 else ():
             laid = x.permute(order)
             if laid.is_contiguous():
                 last = order[3] == 1
@@ -174,7 +188,8 @@ def _pair(value: Any) -> tuple[int, int]:
 def rectified(network: nn.Module) -> nn.Module:
     """The network with ReLUs, and sums in front of them, inside the convolutions that nothing else reads.
 
-    BatchNorms have been folded. Of a sum of two convolutions the second gives its bias to the first.
+    BatchNorms have been folded. Of a sum of two convolutions the later one gives its bias to the other. The network
+    given is not to be used any more.
     """
     graph, modules = trace(network), dict(network.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -188,7 +203,7 @@ def rectified(network: nn.Module) -> nn.Module:
             reader.replace_all_uses_with(after)
             graph.erase_node(reader)
             network.set_submodule(str(node.target), Rectified(module))
-        elif type(module) is nn.Conv2d and (relu := _relu_of_sum(modules, reader)) is not None:
+        elif _is_plain(module) and (relu := _relu_of_sum(modules, node, after, reader)) is not None:
             other = next(each for each in reader.all_input_nodes if each is not after)
             with graph.inserting_before(relu):
                 made = graph.call_module(node.target, (node.args[0], other))
@@ -199,8 +214,8 @@ def rectified(network: nn.Module) -> nn.Module:
                 after = cast(fx.Node, after.args[0])
             for gone in (*behind, node):
                 graph.erase_node(gone)
-            network.set_submodule(str(node.target), Summed(module))
-            _give_bias(modules, calls, other, module)
+            network.set_submodule(str(node.target), Summed(cast(nn.Conv2d, module)))
+            _give_bias(dict(network.named_modules()), calls, other, cast(nn.Conv2d, module))
     return fx.GraphModule(network, graph)
 
 
@@ -215,23 +230,39 @@ def _is_relu(modules: dict[str, nn.Module], node: fx.Node) -> bool:
     return isinstance(_module(modules, node), nn.ReLU) or node.target in RELUS
 
 
-def _relu_of_sum(modules: dict[str, nn.Module], node: fx.Node) -> fx.Node | None:
-    """The ReLU behind the sum of two values that `node` is, if it is one that nothing else reads."""
+def _relu_of_sum(modules: dict[str, nn.Module], conv: fx.Node, after: fx.Node, node: fx.Node) -> fx.Node | None:
+    """The ReLU behind the sum of `after`, where a convolution ends, and another value that `node` is, if it is one.
+
+    Nothing else reads the sum, and nothing is written in place between the convolution and the ReLU, where both go.
+    """
     plain = node.op != "call_module" and node.target in SUMS and len(node.args) == 2 and not node.kwargs
     if not plain or len(node.all_input_nodes) != 2 or len(node.users) != 1:
         return None
-    if node.target in (operator.iadd, "add_") and len(cast(fx.Node, node.args[0]).users) > 1:
+    if node.target in IN_PLACE and node.args[0] is not after:
         return None  # someone may read what the sum was written to
     (reader,) = node.users
+    between = conv.next
+    while between is not reader:
+        if between is not node and _writes(modules, between):
+            return None
+        between = between.next
     return reader if _is_relu(modules, reader) else None
 
 
+def _writes(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    """Whether a node writes to its input."""
+    named = node.op == "call_method" and str(node.target).endswith("_")
+    told = True in (node.kwargs.get("inplace"), *node.args[1:]) and node.op == "call_function"
+    return named or told or node.target in IN_PLACE or bool(getattr(_module(modules, node), "inplace", False))
+
+
 def _give_bias(modules: dict[str, nn.Module], calls: Counter[Any], node: fx.Node, to: nn.Conv2d) -> None:
-    """Move the bias of the convolution that `node` comes from, where nothing else reads it."""
+    """Move the bias of the convolution that `node` comes from, where nothing else reads it; modules as they are now."""
     while isinstance(_module(modules, node), nn.Identity) and len(node.users) == 1:
         node = cast(fx.Node, node.args[0])
     conv = _module(modules, node)
-    if type(conv) is nn.Conv2d and conv.bias is not None and len(node.users) == 1 and calls[node.target] == 1:
+    free = len(node.users) == 1 and calls[node.target] == 1
+    if free and type(conv) is nn.Conv2d and conv.bias is not None and conv.out_channels == to.out_channels:
         to.bias = nn.Parameter(conv.bias.detach() + (0 if to.bias is None else to.bias.detach()))
         conv.bias = None
 
@@ -243,14 +274,18 @@ def _module(modules: dict[str, nn.Module], node: fx.Node) -> nn.Module | None:
 def own_kernels(network: nn.Module) -> nn.Module:
     """The network, in place, with `MaxPool2d`, and `ImageConv2d` where `fast.fill_up` put zeros in front."""
     for name, module in [*network.named_modules()]:
-        if type(module) is nn.MaxPool2d and not module.ceil_mode and _pair(module.dilation) == (1, 1):
+        usual = type(module) is nn.MaxPool2d and not (module.ceil_mode or module.return_indices)
+        if usual and _pair(cast(nn.MaxPool2d, module).dilation) == (1, 1):
+            module = cast(nn.MaxPool2d, module)
             network.set_submodule(name, MaxPool2d(module.kernel_size, module.stride, module.padding))
-        elif isinstance(module, nn.ZeroPad3d):
+        elif isinstance(module, nn.ZeroPad3d) and name.endswith("0"):
             behind = name.removesuffix("0") + "1"  # of nn.Sequential
             found = network.get_submodule(behind)
             conv = found.layer if isinstance(found, Rectified) else found
+            if not isinstance(conv, nn.Conv2d) or module.padding != (0, 0, 0, 0, 0, getattr(conv, "filled", 0)):
+                continue
             try:
-                network.set_submodule(behind, ImageConv2d(cast(nn.Conv2d, conv), relu=conv is not found))
+                network.set_submodule(behind, ImageConv2d(conv, relu=conv is not found))
                 network.set_submodule(name, nn.Identity())
             except ValueError:  # too many columns, or filters
                 continue

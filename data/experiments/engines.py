@@ -250,7 +250,7 @@ def tune(layer: GatheredConv2d, x: Tensor) -> Tiles:
             made[number] = fast.Captured(layer, x)
         except Exception as problem:  # more memory than a multiprocessor has, for one
             print(f"{layer.engine}, {tiles}: {problem}", flush=True)
-    TILES[layer.engine] = tried[int(milliseconds(made, x, 5).median().idxmin())]  # type: ignore[arg-type]
+    TILES[layer.engine] = tried[int(milliseconds(made, x, 5).median().idxmin()) if made else 0]  # type: ignore[arg-type]
     return TILES[layer.engine]
 
 
