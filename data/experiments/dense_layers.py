@@ -5,7 +5,7 @@ Dense networks gain as pruned ones do, so `bench_speed` gives them to both.
     Rectified    a convolution and the ReLU after it: the output is written once
     Summed       a convolution, what is added to it, and the ReLU after the sum, in one go
     ImageConv2d  a convolution of few columns, as those of an image are: read as it lies, in no multiple of 8 channels
-    MaxPool2d    max pooling at the speed of memory, in the layout that it finds
+    MaxPool2d    max pooling by a kernel of our own, in the layout that it finds
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ImageConv2d(nn.Module):
         weight = conv.weight.detach()[:, : conv.in_channels - getattr(conv, "filled", 0)]
         if weight[0].numel() > FEW or len(weight) > 128 or conv.groups > 1:
             raise ValueError(f"{conv}: an image's has at most {FEW} columns, 128 filters and one group")
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        if not _is_plain(conv):
             raise ValueError(f"{conv}: padding is of zeros, in numbers")
         if triton is None:
             raise RuntimeError("Triton is not installed; torch's builds for CUDA on Linux bring it")
@@ -157,7 +157,7 @@ class ImageConv2d(nn.Module):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """The same as torch's, whose kernel takes several times as long; what lies in another order by torch's."""
+    """The same as torch's, on a GPU; what lies in an order that the kernel does not know, by torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         for order in ((0, 2, 3, 1), (0, 1, 2, 3), (1, 0, 2, 3)) if triton and x.ndim == 4 else ():
@@ -274,9 +274,9 @@ def _module(modules: dict[str, nn.Module], node: fx.Node) -> nn.Module | None:
 def own_kernels(network: nn.Module) -> nn.Module:
     """The network, in place, with `MaxPool2d`, and `ImageConv2d` where `fast.fill_up` put zeros in front."""
     for name, module in [*network.named_modules()]:
-        usual = type(module) is nn.MaxPool2d and not (module.ceil_mode or module.return_indices)
-        if usual and _pair(cast(nn.MaxPool2d, module).dilation) == (1, 1):
-            module = cast(nn.MaxPool2d, module)
+        if type(module) is nn.MaxPool2d:
+            if module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1):
+                continue
             network.set_submodule(name, MaxPool2d(module.kernel_size, module.stride, module.padding))
         elif isinstance(module, nn.ZeroPad3d) and name.endswith("0"):
             behind = name.removesuffix("0") + "1"  # of nn.Sequential
