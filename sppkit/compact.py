@@ -2,9 +2,8 @@
 
 Two kinds of exact zeros go for good: a channel that every consumer ignores, with its filter, BatchNorm entry and
 columns; and a column of a GEMM matrix that is zero in every filter, where the convolution becomes a `ColumnConv2d`, or,
-where whole input channels are zero that others read, a `SampledConv2d`.
-Which channels meet which convolutions is read off the network's graph (torch.fx); shortcuts, concatenations and
-anything else that mixes channels keep theirs.
+where whole input channels are zero that others read, a `SampledConv2d`. Which channels meet which convolutions is read
+off the graph (torch.fx); shortcuts, concatenations and anything else that mixes channels keep theirs.
 """
 
 import copy

@@ -136,10 +136,10 @@ def mask_channels(
 
     Of the table, a row a layer: channels, kept, filters (of which layer they go too; "" behind a sampler), error_before
     with the old weights of the kept channels and error after the refit (see `reconstruct.error`), alpha and violation
-    (of `lasso.select`), undetermined directions of the weights (see `reconstruct.refit`), macs before and macs_left,
-    filters gone included. In memory: the samples of all outputs, (B · points) floats an output channel; of one layer
-    its moments, (c kh kw + n)^2 doubles, a few times; and a chunk of batch_size images, halved where that is too much.
-    Raises ValueError as those functions do, for images the network cannot run on and what cannot be pruned.
+    (of `lasso.select`), undetermined directions (see `reconstruct.refit`), macs before and macs_left, filters gone
+    included. In memory: samples of all outputs, (B · points) floats an output channel; moments of one layer,
+    (c kh kw + n)^2 doubles, a few times; a chunk of batch_size images, halved where that is too much. Raises ValueError
+    as those functions do, for images the network cannot run on and what cannot be pruned.
     """
     if (flop_ratio is None) == (keep is None):
         raise ValueError("give either flop_ratio or keep")

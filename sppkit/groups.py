@@ -79,9 +79,7 @@ class Groups:
         return "has a single group, which cannot go" if self._count(conv) < 2 else ""
 
     def _count(self, conv: nn.Conv2d) -> int:
-        if self.kind == "filter":
-            return conv.out_channels
-        return int(self._pattern(conv).max()) + 1
+        return conv.out_channels if self.kind == "filter" else int(self._pattern(conv).max()) + 1
 
     def _pattern(self, conv: nn.Conv2d) -> np.ndarray:
         """Group of each column (C, kh·kw), counted from 0 in the layer; not for filters."""

@@ -71,8 +71,7 @@ def ssl(pruner: Pruner, importance: Tensor) -> Tensor:
     return oneshot(pruner, importance) if pruner.updates + 1 >= pruner.rounds else pruner.probability
 
 
-METHODS: dict[str, Callable[[Pruner, Tensor], Tensor]] = {"spp": probabilistic}
-METHODS |= {method.__name__: method for method in (oneshot, gradual, ssl)}
+METHODS: dict[str, Callable[..., Tensor]] = {"spp": probabilistic} | {f.__name__: f for f in (oneshot, gradual, ssl)}
 
 
 def positions(pruner: Pruner, importance: Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK = 256  # columns of a product that is symmetric, computed at once
 PIVOT = 1e-10  # share of a column's energy outside the span of the others that Cholesky needs
 RIDGE = 1e-9  # of the largest column's energy, where the rank is known to be too low
 
@@ -24,6 +25,7 @@ class Moments:
     """
 
     xty: Tensor
+    _mean: Tensor
 
     def __init__(self) -> None:
         self.count = 0
@@ -34,17 +36,20 @@ class Moments:
         if not sound or (self.count and (X.shape[1], Y.shape[1]) != self.xty.shape):
             widths = f"(d, n) = {tuple(self.xty.shape)}" if self.count else "any d and n"
             raise ValueError(f"X {tuple(X.shape)}, Y {tuple(Y.shape)} must be (P > 0, d), (P, n) with {widths}")
-        V, d = torch.cat([X.detach().double(), Y.detach().double()], 1), X.shape[1]  # (P, d + n)
-        if not V.isfinite().all():
+        V, d = torch.cat([X.detach(), Y.detach()], 1).double(), X.shape[1]  # (P, d + n)
+        V -= (start := self._mean if self.count else V[0].clone())  # the first sample: exact for constant features
+        step, share = V.mean(0), len(V) / (self.count + len(V))
+        if not step.isfinite().all():
             raise ValueError("X or Y holds NaN or infinity; check the images and the weights of the network")
         if not self.count:
-            self._mean, self._scatter = V[0].clone(), V.new_zeros(V.shape[1], V.shape[1])
+            self._mean, self._scatter = start, V.new_zeros(V.shape[1], V.shape[1])
             self.mean_x, self.mean_y = self._mean[:d], self._mean[d:]  # views: they follow
             self.xtx, self.xty, self.yty = self._scatter[:d, :d], self._scatter[:d, d:], self._scatter.diagonal()[d:]
-        V -= self._mean  # at first the first sample: exact for constant features
-        step, share = V.mean(0), len(V) / (self.count + len(V))
         V -= step
-        self._scatter.addmm_(V.T, V).addr_(step, step, alpha=self.count * share)
+        self._scatter.addr_(step, step, alpha=self.count * share)
+        for a, b in ((a, a + BLOCK) for a in range(0, V.shape[1], BLOCK)):  # V'V, of which half says all
+            self._scatter[a:b, a:].addmm_(V[:, a:b].T, V[:, a:])
+            self._scatter[b:, a:b] = self._scatter[a:b, b:].T
         self._mean += share * step
         self.count += len(V)
         return self

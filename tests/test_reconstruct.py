@@ -41,6 +41,15 @@ def test_streamed_moments_are_the_moments_of_the_whole(chunk: int, offset: float
     torch.testing.assert_close(moments.yty, y.square().sum(0), **tolerance)
 
 
+def test_moments_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, Y, _ = samples()
+    whole = streamed(X, Y)
+    monkeypatch.setattr(reconstruct, "BLOCK", 7)  # 34 columns: five blocks, the last one smaller
+    moments = streamed(X, Y)
+    for name in ("xtx", "xty", "yty"):  # both halves of x'x
+        torch.testing.assert_close(getattr(moments, name), getattr(whole, name), rtol=1e-12, atol=1e-10)
+
+
 def test_constant_features_have_no_energy_at_all() -> None:
     X = torch.full((50, 2), 0.1) * torch.tensor([1.0, 3.0])
     moments = streamed(X, torch.arange(50.0)[:, None])
