@@ -1,6 +1,9 @@
 """Methods of `sppkit.pruner` to compare SPP with, added to METHODS when this is imported.
 
 name           groups   an update                                                               source (arXiv)
+gradual        any      masks a cubic share by L1 norm, chosen anew at every update             1710.01878
+ssl            columns  group lasso while training; at the last update the smallest norms go    1608.03665
+deterministic  any      SPP's increments counted, without its probability                       1709.06994
 random         any      random groups go at the first update                                    control
 taylor         filters  TP: the smallest |gradient · feature map| of all layers, step by step   1611.06440
 """
@@ -15,8 +18,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sppkit.groups import Groups
-from sppkit.methods import METHODS, cut, oneshot, probabilistic
+from sppkit.methods import METHODS, PENALTIES, cut, oneshot, positions, probabilistic
 from sppkit.pruner import Pruner
+
+SSL_STRENGTH = 1.2e-3  # of the group lasso, as in the SPP authors' code
+
+
+def gradual(pruner: Pruner, importance: Tensor) -> Tensor:
+    """A share 1 - (1 - k/K)³ of each target is masked, by the norms of now: a masked group can come back."""
+    k = pruner.updates + 1
+    position = positions(pruner, importance)
+    gone, reached = cut(pruner, np.where(position <= 1 - (1 - k / pruner.rounds) ** 3 + 1e-9, position, np.inf))
+    pruner.probability.copy_(torch.from_numpy(gone))
+    if k >= pruner.rounds or reached:
+        pruner.remove(cut(pruner, position)[0], last=True)
+    return pruner.probability
+
+
+def ssl(pruner: Pruner, importance: Tensor) -> Tensor:
+    """Nothing goes while `group_lasso` acts; after the last round the smallest norms."""
+    return oneshot(pruner, importance) if pruner.updates + 1 >= pruner.rounds else pruner.probability
+
+
+def group_lasso(pruner: Pruner) -> None:
+    """The gradient of SSL's penalty, strength · w / |w_group|, until the pruner is finished."""
+    norm = pruner._p.new_zeros(pruner._p.shape).index_add_(0, pruner._own, pruner._weight.square()).sqrt_()
+    strength = pruner._going * SSL_STRENGTH
+    pruner._gradient.addcmul_(pruner._weight / norm.clamp_min_(1e-12)[pruner._own], strength)
 
 
 def deterministic(pruner: Pruner, importance: Tensor) -> Tensor:
@@ -46,7 +74,8 @@ def taylor(pruner: Pruner, importance: Tensor) -> Tensor:
     return pruner.probability
 
 
-METHODS.update(deterministic=deterministic, random=random, taylor=taylor)
+METHODS.update(gradual=gradual, ssl=ssl, deterministic=deterministic, random=random, taylor=taylor)
+PENALTIES.update(ssl=group_lasso)
 
 
 def scores(network: nn.Module, groups: Groups, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sppkit import cost
 from sppkit.compact import compact, trace
-from sppkit.graph import Site, fold, sites, unfold
+from sppkit.graph import Site, Start, fold, sites, unfold
 from sppkit.lasso import select as lasso
 from sppkit.reconstruct import Moments, error, lasso_problem, refit
 from sppkit.samples import collect, convolution, frugal, patches
@@ -157,7 +157,8 @@ def mask_channels(
     if not correct:
         places = {name: Site(name, place.node, place.producer) for name, place in places.items()}
     targets = collect(original, graph, places, images, points, seed, batch_size)
-    rows, statistics, generator = [], dict[str, tuple[Tensor, Tensor]](), torch.Generator().manual_seed(seed)
+    rows, starts, generator = [], dict[int, Start](), torch.Generator().manual_seed(seed)
+    statistics = dict[str, tuple[Tensor, Tensor]]()
     for name, place in places.items():
         try:
             conv, samples = convolution(pruned, name), targets.pop(name)
@@ -165,7 +166,7 @@ def mask_channels(
             chosen = torch.zeros(total, dtype=torch.bool)  # the few that the authors' code would see
             chosen[torch.randperm(total, generator=generator)[: min(400, max(total // 20, 1))]] = True
             moments, few, start = Moments(), Moments(), 0
-            for X, Y in patches(pruned, graph, place, conv, images, samples, batch_size):
+            for X, Y in patches(pruned, graph, place, conv, images, samples, batch_size, starts):
                 moments.add(X, Y)
                 here, start = chosen[start : start + len(X)].to(X.device), start + len(X)
                 if select is not None and here.any():

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sppkit.compact import SUMS, ColumnConv2d, channel_links, trace
 
 Looks = Mapping[fx.Node, Callable[..., None]]
+Start = tuple[int, dict[str, Any]]  # how many nodes have run, and the values of theirs that are still read
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,16 @@ class Probe(fx.Interpreter):
         self.before = {node.name: look for node, look in (before or {}).items()}
         self.after = {node.name: look for node, look in (after or {}).items()}
 
-    def look(self, batch: Tensor) -> None:
-        """One pass, as far as there is something to show."""
-        self.env, self.args_iter = {}, iter([batch])
-        ahead = {*self.before, *self.after}
-        for node in self.plan:
+    @torch.no_grad()
+    def look(self, batch: Tensor, start: Start = (0, {})) -> Start:
+        """One pass, as far as there is something to show, on from a `start`; returns the one before the first value."""
+        values = copy.deepcopy(start[1])  # what comes may write to them
+        self.env = {node: values[node.name] for node in self.plan if node.name in values}
+        ahead, first, self.args_iter = {*self.before, *self.after}, start, iter([batch])
+        for number, node in enumerate(self.plan[start[0] :], start[0]):
             if look := self.before.get(node.name):
+                if first is start:
+                    first = number, copy.deepcopy({before.name: value for before, value in self.env.items()})
                 look(*self.fetch_args_kwargs_from_env(node)[0])
             ahead.discard(node.name)
             if not ahead and node.name not in self.after:
@@ -88,6 +93,7 @@ class Probe(fx.Interpreter):
             for done in self.user_to_last_uses.get(node, []):
                 del self.env[done]
         self.env = {}
+        return first
 
 
 def fold(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:

@@ -1,12 +1,10 @@
-"""What an update does, by method: SPP and the methods it is compared with, all under the same driver.
+"""What an update does, by method; those that SPP is compared with add themselves here (notebooks/rivals.py).
 
     name           groups   an update                                                               source (arXiv)
     spp            any      moves probabilities by eqs. (3), (4); masks are drawn from them         1709.06994
     oneshot        any      the smallest L1 norms go at the first update; on filters this is FP     1608.08710
-    gradual        any      masks a cubic share by L1 norm, chosen anew at every update             1710.01878
-    ssl            columns  group lasso while training; at the last update the smallest norms go    1608.03665
 
-Each moves `pruner.probability`, returns what to record, and ends at the plan's FLOP ratio (more: notebooks/rivals.py).
+Each moves `pruner.probability`, returns what to record, and ends at the plan's FLOP ratio.
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ from sppkit import spp
 
 if TYPE_CHECKING:
     from sppkit.pruner import Pruner
-
-SSL_STRENGTH = 1.2e-3  # of the group lasso, as in the SPP authors' code
 
 
 def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> Tensor:
@@ -55,23 +51,8 @@ def oneshot(pruner: Pruner, importance: Tensor) -> Tensor:
     return pruner.probability
 
 
-def gradual(pruner: Pruner, importance: Tensor) -> Tensor:
-    """A share 1 - (1 - k/K)³ of each target is masked, by the norms of now: a masked group can come back."""
-    k = pruner.updates + 1
-    position = positions(pruner, importance)
-    gone, reached = cut(pruner, np.where(position <= 1 - (1 - k / pruner.rounds) ** 3 + 1e-9, position, np.inf))
-    pruner.probability.copy_(torch.from_numpy(gone))
-    if k >= pruner.rounds or reached:
-        pruner.remove(cut(pruner, position)[0], last=True)
-    return pruner.probability
-
-
-def ssl(pruner: Pruner, importance: Tensor) -> Tensor:
-    """Nothing goes while the group lasso acts (in `Pruner.unmask`); after the last round the smallest norms."""
-    return oneshot(pruner, importance) if pruner.updates + 1 >= pruner.rounds else pruner.probability
-
-
-METHODS: dict[str, Callable[..., Tensor]] = {"spp": probabilistic} | {f.__name__: f for f in (oneshot, gradual, ssl)}
+METHODS: dict[str, Callable[[Pruner, Tensor], Tensor]] = {"spp": probabilistic, "oneshot": oneshot}
+PENALTIES: dict[str, Callable[[Pruner], None]] = {}  # by method: adds its own to the gradients, step by step
 
 
 def positions(pruner: Pruner, importance: Tensor) -> np.ndarray:

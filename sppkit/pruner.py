@@ -101,7 +101,7 @@ class Pruner:
         self.sums: dict[str, Tensor] = {}  # what a step changes beside the weights: a variant's; saved with them
         self.finished, self._steps = False, 0
         self.generator = torch.Generator(first.device).manual_seed(self.seed)
-        self._strength = self._p.new_full((1,), methods.SSL_STRENGTH)  # 0 once the pruner is finished
+        self._going = self._p.new_ones(1)  # 0 once the pruner is finished
         self._draws = first.new_ones(min(self.interval, 256), G + 2, dtype=torch.bool if first.is_cuda else None)
         self._keep, self._row, self._before = self._draws[0].clone(), len(self._draws), self.generator.get_state()
         self._weight, self._masked, self._gradient, self._momentum = first.new_zeros(4, elements).detach()
@@ -190,9 +190,8 @@ class Pruner:
     def unmask(self) -> None:
         """Show the weights themselves; clear the gradients and the momentum of masked ones."""
         self.restore()
-        if self.method == "ssl":  # its penalty: strength · w / |w_group|
-            norm = self._p.new_zeros(self._p.shape).index_add_(0, self._own, self._weight.square()).sqrt_()
-            self._gradient.addcmul_(self._weight / norm.clamp_min_(1e-12)[self._own], self._strength)
+        if penalty := methods.PENALTIES.get(self.method):
+            penalty(self)
         kernels.clear(self._gradient, self._momentum, self._mask)
 
     def importance(self) -> Tensor:
@@ -223,7 +222,7 @@ class Pruner:
         self.probability.masked_fill_(self.gone, 1.0)
         if last:
             self.probability.copy_(self.gone)
-            self._strength.zero_()
+            self._going.zero_()
             self.finished = True
         alive = torch.cat([~self.gone, self.gone.new_ones(2)])
         self._weight.mul_(alive[self._columns] & alive[self._rows])
@@ -300,7 +299,7 @@ class Pruner:
         self.probability.copy_(state["probability"])
         self.gone.copy_(state["gone"])
         self.finished, self._steps = bool(state["counts"][0]), int(state["counts"][1])
-        self._strength.mul_(not self.finished)
+        self._going.mul_(not self.finished)
         self.generator.set_state(state["generator"].cpu())
         self.trace, self._row = list(state["trace"].cpu()), len(self._draws)
         if (row := int(state["counts"][2])) < self._row:  # in the middle of an interval: draw its masks again

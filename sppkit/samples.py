@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from sppkit import cost
 from sppkit.compact import SampledConv2d
-from sppkit.graph import Probe, Site
+from sppkit.graph import Probe, Site, Start
 
+KEPT = 2**30  # bytes of values on the way, at most, that one layer's pass leaves for the next one's
 Samples = list[tuple[Tensor, Tensor]]  # of each batch: positions (B, points), outputs there (B * points, n)
 Settings = ParamSpec("Settings")
 Result = TypeVar("Result")
@@ -88,10 +89,20 @@ def collect(
 
 
 def patches(
-    network: nn.Module, graph: fx.Graph, place: Site, conv: nn.Conv2d, images: Tensor, samples: Samples, batch_size: int
+    network: nn.Module,
+    graph: fx.Graph,
+    place: Site,
+    conv: nn.Conv2d,
+    images: Tensor,
+    samples: Samples,
+    batch_size: int,
+    starts: dict[int, Start] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """X and Y of a place, batch by batch; the layers after it are not run."""
-    seen: dict[str, Tensor] = {}
+    """X and Y of a place, batch by batch; the layers after it are not run.
+
+    starts: where passes for earlier places ended, if nothing before those has changed since; renewed where it fits.
+    """
+    seen, starts = dict[str, Tensor](), {} if starts is None else starts
 
     def read(inputs: Tensor) -> None:
         seen["X"] = sample_patches(inputs, conv, seen["positions"])
@@ -101,8 +112,10 @@ def patches(
 
     looks = {place.node: read} | ({} if place.total is None else {place.total: shortcut})
     probe = Probe(network, graph, before=looks)
-    for batch, (seen["positions"], Y) in zip(images.split(batch_size), samples, strict=True):
-        probe.look(batch.to(conv.weight.device))
+    for number, (batch, (seen["positions"], Y)) in enumerate(zip(images.split(batch_size), samples, strict=True)):
+        start = probe.look(batch.to(conv.weight.device), starts.get(number, (0, {})))
+        if len(samples) * sum(getattr(value, "nbytes", 0) for value in start[1].values()) <= KEPT:
+            starts[number] = start
         yield seen["X"], Y - seen["shortcut"] if place.total is not None else Y  # Y1 - Y1' + Y2
 
 

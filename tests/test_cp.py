@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import networks
 
-from sppkit import compact, cost, cp, graph, lasso, reconstruct
+from sppkit import compact, cost, cp, graph, lasso, reconstruct, samples
 
 
 class Chain(nn.Module):
@@ -404,6 +404,45 @@ def test_the_end_of_a_branch_makes_up_for_its_shortcut(images: Tensor, branches:
     before = branches.norm2(branches.conv2(outputs(branches, images, "conv2")["conv2"])).detach()
     spread = (before - before.mean((0, 2, 3), keepdim=True)).square().sum()
     assert table["error"].iloc[1] == pytest.approx(float((Y - Yhat).square().sum() / spread), rel=1e-3)
+
+
+class Overwriting(nn.Module):
+    """A shared input that is written to on the way, by what must not happen twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.conv2, self.conv3 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = torch.relu(self.conv1(x))
+        x.mul_(3)
+        y = self.conv2(y)
+        x.mul_(0.5)
+        return self.conv3(torch.relu_(y + x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("network", [Overwriting, partial(Branches, False), partial(Branches, True)])
+def test_passes_that_go_on_from_the_layer_before_see_the_same(
+    network: partial[nn.Module], images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    dense, found = shifted(network()), []
+    one_map = 40 * 8 * 12 * 12 * 4  # bytes of eight channels, all images
+    for kept in (-1, one_map, 2**30):  # each pass from the images on; on where little is still read; on everywhere
+        monkeypatch.setattr(samples, "KEPT", kept)
+        begun: list[int] = []
+        run_node = graph.Probe.run_node
+        monkeypatch.setattr(graph.Probe, "run_node", lambda probe, node: begun.append(1) or run_node(probe, node))  # noqa: B023
+        pruned, table = cp.mask_channels(dense, images, flop_ratio=1.5, batch_size=15)
+        monkeypatch.setattr(graph.Probe, "run_node", run_node)
+        found.append((pruned.state_dict(), table, len(begun)))
+    for state, table, _ in found[1:]:
+        torch.testing.assert_close(state, found[0][0], rtol=0, atol=0)
+        pd.testing.assert_frame_equal(table, found[0][1])
+    counts = [count for *_, count in found]
+    assert counts[2] < counts[1] < counts[0]
 
 
 def test_correction_lowers_the_error_of_a_deep_network() -> None:

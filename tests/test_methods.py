@@ -152,7 +152,7 @@ def test_ssl_adds_the_group_lasso_until_it_is_finished() -> None:
         pruner.update()
         pruner.update()
     weight = chain()[2].weight.detach()
-    expected = methods.SSL_STRENGTH * weight / weight.square().sum(0, keepdim=True).sqrt()
+    expected = rivals.SSL_STRENGTH * weight / weight.square().sum(0, keepdim=True).sqrt()
     torch.testing.assert_close(gradients[0], expected, rtol=1e-4, atol=1e-8)
     assert gradients[1].abs().max() < 1e-8  # finished after two updates
 
@@ -346,7 +346,7 @@ def test_a_saved_state_of_a_finished_pruner_is_finished() -> None:
     other = prune(chain(), method="ssl", rounds=1)
     other.load_state(pruner.state())
     assert other.finished
-    assert float(other._strength) == 0
+    assert float(other._going) == 0
     assert torch.equal(other.gone, pruner.gone)
 
 

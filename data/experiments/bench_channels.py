@@ -37,7 +37,7 @@ from training.data import device_name, resolve_device
 
 from sppkit import cost, cp, lasso
 from sppkit.compact import trace
-from sppkit.graph import sites
+from sppkit.graph import Start, sites
 from sppkit.reconstruct import Moments, Refit, error, lasso_problem, refit
 from sppkit.samples import collect, convolution, patches
 
@@ -143,6 +143,7 @@ def all_layers(sizes: Sizes, device: torch.device) -> tuple[pd.DataFrame, dict[s
     network, rows = vgg16(shrink=sizes.shrink).to(device), []
     images, graph = random_images(sizes.images, sizes.pixels, seed=0), trace(network)
     places, size = sites(network, graph), sizes.batch_size
+    starts: dict[int, Start] = {}  # nothing is pruned
     warm = gather([(torch.randn(200, 36, device=device), torch.randn(200, 8, device=device))])
     refit(warm, whole_path(warm, torch.randn(8, 4, *KERNEL, device=device), 2)[1], KERNEL)
     if device.type == "cuda":
@@ -150,7 +151,7 @@ def all_layers(sizes: Sizes, device: torch.device) -> tuple[pd.DataFrame, dict[s
     samples, outputs_s = timed(device, collect, network, graph, places, images, sizes.points, 0, size)
     for name, place in places.items():
         conv, positions = convolution(network, name), samples.pop(name)
-        reading = patches(network, graph, place, conv, images, positions, size)
+        reading = patches(network, graph, place, conv, images, positions, size, starts)
         chunks, extraction_s = timed(device, list, reading)
         moments, moments_s = timed(device, gather, chunks)
         chunks.clear()
