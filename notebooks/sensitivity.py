@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from sppkit import cp
 from sppkit.compact import convolutions, trace
@@ -36,13 +35,17 @@ def pca(network: nn.Module, images: Tensor, *, energy: float = 0.9) -> dict[str,
     """
     if not 0 < energy < 1:
         raise ValueError(f"energy={energy} must lie in (0, 1)")
-    found = {}
-    outputs = create_feature_extractor(copy.deepcopy(network).eval(), [*convolutions(network)])(images)
-    for name, output in outputs.items():
+    found, probe = dict[str, float](), copy.deepcopy(network).eval()
+
+    def note(name: str, output: Tensor) -> None:
         points = output.transpose(0, 1).flatten(1).double()  # (O, B·H·W)
         values = torch.linalg.eigvalsh(torch.cov(points)).flip(0).clamp_min(0)  # (O,), largest first
         enough = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
         found[name] = min(enough, len(values)) / len(values)
+
+    for name, conv in convolutions(probe).items():
+        conv.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+    probe(images)
     return found
 
 

@@ -141,6 +141,19 @@ def test_batch_norm_follows_each_convolution() -> None:
     assert nn.BatchNorm2d not in [type(module) for module in create("vgg16").features]
 
 
+def test_vgg_is_torchvisions() -> None:
+    from torchvision.models.vgg import cfgs, make_layers
+
+    for batch_norm in (True, False):
+        torch.manual_seed(0)
+        ours = networks.vgg_features(networks.VGG16, batch_norm=batch_norm)
+        torch.manual_seed(0)
+        theirs = make_layers(cfgs["D"], batch_norm=batch_norm)
+        assert repr(ours) == repr(theirs)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], tensor), name
+
+
 def test_weights_come_from_the_seed_alone_and_global_state_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)

@@ -102,7 +102,7 @@ def test_weights_of_a_rule_are_kept_fractions() -> None:
 def test_sensitivity_counts_the_components_that_hold_the_energy() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
     network[0].weight.data[:] = network[0].weight.data[:1]  # one direction: one component of eight
     images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     found = sensitivity.pca(network, images, energy=0.99)

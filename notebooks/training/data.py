@@ -14,11 +14,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.types import Device
-from torchvision.datasets import CIFAR10, Imagenette
 
 IMAGENETTE = ("imagenette2-160", "imagenette2-320", "imagenette2", "imagenette-128")
 FOLDERS = {"cifar10": ("cifar-10-batches-py",), "imagenette": IMAGENETTE}
-DOWNLOADS = {"cifar10": CIFAR10, "imagenette": partial(Imagenette, size="160px")}
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PathLike = str | Path
 
@@ -87,9 +85,9 @@ def load(
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1 pixel, or None for the data set's own")
     held = name == "imagenette" and any((root / folder).is_dir() for folder in IMAGENETTE)  # of whatever size
-    if download and str(name) in DOWNLOADS and not held:  # torchvision leaves a whole CIFAR-10 as it is
+    if download and str(name) in FOLDERS and not held:  # torchvision leaves a whole CIFAR-10 as it is
         try:
-            DOWNLOADS[str(name)](root, download=True)
+            _download(str(name), root)
         except Exception as error:  # torchvision lets through what the network, the archive and the disk raise
             ways = 'check the network and that the folder is writable, or give root=..., or use "digits"'
             raise OSError(f"cannot download {name} into the folder {str(root)!r} ({error}): {ways}") from error
@@ -101,6 +99,8 @@ def load(
         train, test = _split(_resize(gray, size or 32), torch.from_numpy(digits.target))
         classes = tuple("0123456789")
     elif name == "cifar10":
+        from torchvision.datasets import CIFAR10  # here, because its import takes seconds
+
         find("cifar10", root)  # before a file is unpickled
         sets = CIFAR10(root, train=True), CIFAR10(root, train=False)
         train, test = (Split(_resize(torch.from_numpy(s.data), size or 32), torch.tensor(s.targets)) for s in sets)
@@ -110,6 +110,12 @@ def load(
         train, test, classes = _folder(folder, size or 128)
     train, test = (Split(s.images.to(target), s.labels.to(target)) for s in (train, test))
     return ImageData(Path(name).name, train, test, classes)
+
+
+def _download(name: str, root: Path) -> None:
+    from torchvision.datasets import CIFAR10, Imagenette
+
+    CIFAR10(root, download=True) if name == "cifar10" else Imagenette(root, size="160px", download=True)
 
 
 def find(name: str, root: Path) -> Path:
@@ -122,6 +128,8 @@ def find(name: str, root: Path) -> Path:
             'that holds it; "digits", which needs no files'
         )
     if name == "cifar10":
+        from torchvision.datasets import CIFAR10
+
         for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
             data = (folder / file).read_bytes() if (folder / file).exists() else b""
             if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:

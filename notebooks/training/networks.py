@@ -1,13 +1,14 @@
 """The networks of both papers, for 32-pixel images, and torchvision's for larger ones; `create(name)` makes each."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+VGG16 = (64, 64, 0, 128, 128, 0, *(256, 256, 256, 0), *(512, 512, 512, 0), *(512, 512, 512, 0))
 
 
 class WithinChannelLRN(nn.Module):
@@ -88,9 +89,22 @@ def resnet(depth: int, *, classes: int = 10, shortcut: str = "A") -> nn.Sequenti
     return nn.Sequential(OrderedDict(stem | {"blocks": nn.Sequential(*blocks)} | head)).apply(_initialise)
 
 
+def vgg_features(widths: Sequence[int], *, batch_norm: bool = True) -> nn.Sequential:
+    """Convolutions of 3x3 with so many filters, each with a ReLU; 0 halves the map. Numbered as torchvision's VGG."""
+    layers, inputs = list[nn.Module](), 3
+    for width in widths:
+        if width:
+            norm = [nn.BatchNorm2d(width)] if batch_norm else []
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), *norm, nn.ReLU(inplace=True)]
+        else:
+            layers.append(nn.MaxPool2d(2, 2))
+        inputs = width or inputs
+    return nn.Sequential(*layers)
+
+
 def vgg16(*, classes: int = 10, batch_norm: bool = True) -> nn.Sequential:
-    """VGG-16 for 32-pixel images: torchvision's 13 convolutions of 3x3 and five poolings, one linear layer."""
-    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=batch_norm)
+    """VGG-16 for 32-pixel images: its 13 convolutions and five poolings, one linear layer."""
+    features = vgg_features(VGG16, batch_norm=batch_norm)
     parts = {"features": features, "flatten": nn.Flatten(), "linear": nn.Linear(512, classes)}
     return nn.Sequential(OrderedDict(parts)).apply(_initialise)
 
@@ -102,6 +116,16 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def _of_torchvision(name: str) -> Callable[[int], nn.Module]:
+    def make(classes: int) -> nn.Module:
+        from torchvision.models import get_model  # here, because its import takes seconds
+
+        network: nn.Module = get_model(name, num_classes=classes)
+        return network
+
+    return make
+
+
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "convnet": ConvNet,
     "resnet20": lambda classes: resnet(20, classes=classes),
@@ -110,9 +134,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet56-projection": lambda classes: resnet(56, classes=classes, shortcut="projection"),
     "vgg16": lambda classes: vgg16(classes=classes, batch_norm=False),
     "vgg16-bn": lambda classes: vgg16(classes=classes),
-    "torchvision/alexnet": lambda classes: torchvision.models.alexnet(num_classes=classes),
-    "torchvision/vgg16": lambda classes: torchvision.models.vgg16(num_classes=classes),
-    "torchvision/resnet50": lambda classes: torchvision.models.resnet50(num_classes=classes),
+    **{f"torchvision/{name}": _of_torchvision(name) for name in ("alexnet", "vgg16", "resnet50")},
 }
 
 
