@@ -33,7 +33,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 from tqdm import tqdm
-from training import Normalise, Training, evaluate, renew_statistics, stepwise
+from training import Normalise, Training, evaluate, networks, renew_statistics, stepwise, view
 from training.data import ImageData, Split, device_name, load, resolve_device
 
 from sppkit import __version__, cost, cp, portable, spp, state
@@ -340,8 +340,8 @@ def run(job: Job, dense: nn.Module, images: ImageData, out: Path, record: dict[s
         path = work / "dense.safetensors"
         if not path.exists():
             train(job, dense, images, job.training(job.retrain_steps, 0), work / "head.safetensors")
-            state.save_network(dense, path)
-        state.load_network(dense.eval(), path)
+            networks.save(dense, path)
+        networks.load(dense.eval(), path)
     accurate("dense", dense)
     prune = by_columns if job.method == "spp" else by_channels
     small = made(work / "pruned.safetensors", lambda: prune(job, dense, images, work))
@@ -373,7 +373,7 @@ def train(
         done += 1
         if time.monotonic() - told > EVERY:
             gone = f", {int(pruner.gone.sum()):,} columns gone" if pruner else ""
-            with pruner.view("sampled") if pruner else nullcontext():
+            with view(pruner, "sampled") if pruner else nullcontext():
                 percent = accuracy(job, network, few_images, images)
             say(f"{path.stem}: step {done:,} of {settings.steps:,}{gone}, {percent:.1f} % of {len(few_images)} images")
             told = time.monotonic()
@@ -434,9 +434,9 @@ def by_columns(job: Job, dense: nn.Module, images: ImageData, work: Path) -> nn.
             gone = f"{int(pruner.gone.sum()):,} of {sum(plan.targets.values()):,} columns gone"
             ways = f"give --steps {2 * job.steps} and another --out, or a smaller --interval"
             raise ValueError(f"--steps {job.steps} were too few: {pruner.updates} updates, {gone}; {ways}")
-        state.save_network(network, path)
+        networks.save(network, path)
     network = copy.deepcopy(dense)
-    state.load_network(network, path)
+    networks.load(network, path)
     if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         renew_statistics(Ready(network, images.train, job), images, settings)
     return compact(network.eval(), example)

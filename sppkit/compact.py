@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sppkit import kernels
+
 # Modules and functions that treat each channel by itself: a channel can be followed through them. A module of your own
 # that does so, and forwards nothing else, says it with an attribute `channelwise = True`.
 CHANNELWISE: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Identity, nn.Dropout)
@@ -55,8 +57,8 @@ def _channels(conv: nn.Conv2d) -> Tensor:
 class ColumnConv2d(nn.Module):
     """A convolution by some columns of its GEMM matrix: weight (O, K), index (K,) into the C·kh·kw of `F.unfold`.
 
-    The kept columns are read from a view of all windows of the input, and one GEMM takes them: no column that is not
-    kept is ever written.
+    The kept columns are gathered, by a kernel on a GPU, elsewhere from a view of all windows of the input, and one GEMM
+    takes them: no column that is not kept is ever written.
     """
 
     index: Tensor
@@ -73,6 +75,8 @@ class ColumnConv2d(nn.Module):
         self.register_buffer("index", _channels(conv)[kept // taps] * taps + kept % taps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := self._by_kernel(x)) is not None:
+            return y
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
         x = F.pad(x.contiguous(), self.padding, self.padding_mode)
         rows = x.unfold(2, dh * (kh - 1) + 1, sh)[..., ::dh]  # (B, C, Ho, W, kh)
@@ -82,6 +86,17 @@ class ColumnConv2d(nn.Module):
         y = self.weight @ read.flatten(1)  # (O, K) @ (K, B*Ho*Wo)
         y = y if self.bias is None else y + self.bias[:, None]
         return y.unflatten(1, read.shape[1:]).transpose(0, 1).contiguous()  # (B, O, Ho, Wo)
+
+    def _by_kernel(self, x: Tensor) -> Tensor | None:
+        """On a GPU, where no gradient has to pass; the bias is one more column."""
+        graded, traced = torch.is_grad_enabled() and x.requires_grad, torch.compiler.is_compiling()
+        if x.device.type not in kernels.DEVICES or graded or traced or self.padding_mode != "constant":
+            return None
+        weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
+        weight = F.pad(weight, (0, -weight.shape[1] % 8))  # a GEMM is fast where sizes are multiples of it
+        if (read := kernels.gather(x, self, weight.shape[1])) is None:
+            return None
+        return (weight @ read.flatten(1)).unflatten(1, read.shape[1:]).transpose(0, 1).contiguous()
 
     def dense(self) -> nn.Conv2d:
         """The convolution that it is, zeros in the place of missing columns."""

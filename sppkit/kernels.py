@@ -1,4 +1,8 @@
-"""Masking in one pass over memory each way: Triton kernels on a GPU, torch's operators elsewhere."""
+"""Triton kernels for a GPU; torch's operators stand in elsewhere.
+
+Masks are applied in one pass over memory each way. Columns of a convolution's GEMM matrix are gathered from an input of
+any layout; padding is never copied: each place of the output knows as bits which of its taps lie inside the image.
+"""
 
 import warnings
 from typing import Any
@@ -6,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DEVICES = ("cuda",)  # that kernels are for
+BLOCK = 2048  # weights that a program masks
+TILES = {"PLACES": 1024, "COUNT": 16, "num_warps": 4}  # of a program that gathers: places, columns that share them
 try:
     import triton
     import triton.language as tl
 except ImportError:  # a torch without it: on a CPU, on Windows
-    triton = _hide = _clear = None
+    triton = _hide = _clear = _gather = None
 else:
 
     @triton.jit
@@ -28,10 +35,42 @@ else:
         tl.store(first + at, 0.0, mask=hidden)  # what is kept is neither read nor written
         tl.store(second + at, 0.0, mask=hidden)
 
+    @triton.jit
+    def _place(  # type: ignore[no-untyped-def]
+        at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH: tl.constexpr, KW: tl.constexpr
+    ):
+        """Where the window of each place begins in memory, and which of its taps (bits) lie inside the image."""
+        image, rest = at // (Ho * Wo), at % (Ho * Wo)
+        h, w = rest // Wo * down - top, rest % Wo * across - left
+        inside = tl.full(at.shape, 0, tl.int64)
+        for tap in tl.static_range(KH * KW):
+            y, z = h + tap // KW * dh, w + tap % KW * dw
+            there = (at < places) & (y >= 0) & (y < H) & (z >= 0) & (z < W)
+            inside |= there.to(tl.int64) << tap
+        return image.to(tl.int64) * sB + h * sH + w * sW, inside
+
+    @triton.jit
+    def _gather(  # type: ignore[no-untyped-def]
+        x, index, read, K, rows, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
+        KH: tl.constexpr, KW: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
+    ):  # fmt: skip
+        parts = (rows + COUNT - 1) // COUNT
+        part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
+        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        for j in tl.static_range(COUNT):
+            k = part * COUNT + j
+            column = tl.load(index + k, mask=k < K, other=0)
+            tap = column % (KH * KW)
+            offset = (column // (KH * KW)).to(tl.int64) * sC + tap // KW * dh * sH + tap % KW * dw * sW
+            value = tl.load(x + base + offset, mask=((inside >> tap) & 1 == 1) & (k < K), other=0)
+            value = tl.where(k == K, 1.0, value).to(read.dtype.element_ty)  # what a bias multiplies
+            tl.store(read + k.to(tl.int64) * places + at, value, mask=(at < places) & (k < rows))
+
 
 def hide(weight: Tensor, keep: Tensor, groups: Tensor, mask: Tensor, masked: Tensor) -> None:
     """mask = keep[groups] and masked = weight · mask; keep (G,), groups as `narrow` gives them, the others as long."""
-    if not _launched(_hide, weight, keep, groups, mask, masked):
+    given, count = (weight, keep, groups, mask, masked), len(weight)
+    if weight.dtype != torch.float32 or not _launched("_hide", -(-count // BLOCK), *given, count, BLOCK=BLOCK):
         torch.mul(weight, torch.index_select(keep, 0, groups.int(), out=mask), out=masked)
 
 
@@ -42,20 +81,38 @@ def narrow(groups: Tensor, count: int) -> Tensor:
 
 def clear(first: Tensor, second: Tensor, mask: Tensor) -> None:
     """Set both to 0 where the mask is 0."""
-    if not _launched(_clear, first, second, mask):
+    given, count = (first, second, mask), len(first)
+    if first.dtype != torch.float32 or not _launched("_clear", -(-count // BLOCK), *given, count, BLOCK=BLOCK):
         first.mul_(mask)
         second.mul_(mask)
 
 
-def _launched(kernel: Any, *tensors: Tensor) -> bool:
-    first, count = tensors[0], len(tensors[0])
-    if kernel is None or not first.is_cuda or first.dtype != torch.float32:
+def gather(x: Tensor, columns: Any, rows: int, tiles: dict[str, int] = TILES) -> Tensor | None:
+    """What a `ColumnConv2d`, or the like of it, reads of x (B, C, H, W), as (rows, B, Ho, Wo); None where it cannot be.
+
+    Behind the K columns, where `rows` is above K, come a row of ones, which a bias multiplies, and zeros.
+    """
+    (kh, kw), (down, across), (dh, dw) = columns.kernel_size, columns.stride, columns.dilation
+    if _gather is None or x.device.type not in DEVICES or kh * kw > 63:
+        return None
+    x = x.contiguous() if x.stride(1) == 1 else x  # neighbours in memory are to be neighbouring places, not channels
+    (B, _, H, W), (left, right, top, bottom) = x.shape, columns.padding
+    Ho, Wo = ((H + top + bottom - dh * (kh - 1) - 1) // down + 1, (W + left + right - dw * (kw - 1) - 1) // across + 1)
+    read, places, sizes = x.new_empty(rows, B, Ho, Wo), B * Ho * Wo, (H, W, Ho, Wo, *x.stride())
+    given = (x, columns.index, read, len(columns.index), rows, places, *sizes, down, across, top, left, dh, dw)
+    grid = -(-rows // tiles["COUNT"]) * -(-places // tiles["PLACES"])
+    return read if not grid or _launched("_gather", grid, *given, KH=kh, KW=kw, **tiles) else None
+
+
+def _launched(name: str, grid: int, *arguments: Any, **how: int) -> bool:
+    """Whether a kernel was launched, of so many programs; the first argument is on their device."""
+    if (kernel := globals()[name]) is None or arguments[0].device.type not in DEVICES:
         return False
-    arguments = [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors]
+    given = [a.view(torch.uint8) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in arguments]
     try:
-        with torch.cuda.device(first.device):
-            kernel[(triton.cdiv(count, 2048),)](*arguments, count, BLOCK=2048)  # elements a program
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(grid,)](*given, **how)
     except Exception as error:  # Triton compiles at the first launch: no compiler, or a GPU that it does not know
-        warnings.warn(f"Triton's kernels do not run here ({error}); torch's operators mask instead", stacklevel=2)
-        globals().update(_hide=None, _clear=None)
-    return kernel in (_hide, _clear)
+        warnings.warn(f"Triton's kernels do not run here ({error}); torch's operators stand in", stacklevel=2)
+        globals().update(_hide=None, _clear=None, _gather=None)
+    return globals()[name] is not None

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> Tensor:
     """SPP: one update of every layer that is not yet at its target; `falls=False` keeps what has risen."""
     old = pruner.probability.clone()
-    p, score = pruner.layer_rows(old, 1.0), pruner.layer_rows(importance, torch.inf)  # (L, N)
+    ends = ((old, 1.0), (importance, torch.inf))  # of groups that are not there
+    p, score = (torch.cat([v, v.new_zeros(1), v.new_full((1,), end)])[pruner._layers] for v, end in ends)  # (L, N)
     moved = spp.advance(p, score, pruner._target, A=pruner.A, u=pruner.u, form=pruner.form)
     moved = moved if falls else torch.maximum(moved, p)
     there = pruner._layers < pruner.groups.count

@@ -17,8 +17,7 @@ optimiser the weights (after an exception, `restore`). Masks are drawn for many 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -30,8 +29,6 @@ from torch import Tensor, nn
 
 from sppkit import kernels, methods, spp
 from sppkit.plan import Plan, make_plan
-
-VIEWS = ("sampled", "expected", "threshold", "unmasked")
 
 
 def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str = "column", **options: Any) -> Pruner:
@@ -234,29 +231,6 @@ class Pruner:
             share = torch.cat([torch.where(survivors, 1 - self.probability, 1.0), self._p.new_ones(2)])
             self._weight.mul_(share[self._own])
         self.probability.masked_fill_(survivors, 0.0)
-
-    def layer_rows(self, values: Tensor, fill: float) -> Tensor:
-        """Values (G,) by layer, (L, N), filled up."""
-        return torch.cat([values, values.new_zeros(1), values.new_full((1,), fill)])[self._layers]
-
-    @contextmanager
-    def view(self, kind: str) -> Iterator[None]:
-        """The network for a look at it while it is being pruned, its weights given back afterwards.
-
-        "sampled": one draw of the masks, as a training step has them; "expected": weights times 1 - p; "threshold":
-        groups with p below 0.5; "unmasked": all that are not gone. ValueError for another kind.
-        """
-        if kind not in VIEWS:
-            raise ValueError(f"view {kind!r} must be one of {', '.join(VIEWS)}")
-        random, shown = self.generator.get_state(), [weight.data for weight in self._parameters]
-        drawn = spp.draw(self._p, self.generator)
-        stays = {"sampled": drawn, "expected": 1 - self._p, "threshold": self._p < 0.5, "unmasked": self._p >= 0}[kind]
-        try:
-            self._show(self._views((self._weight * stays[self._columns] * stays[self._rows]).to(self._weight.dtype)))
-            yield
-        finally:
-            self._show(shown)
-            self.generator.set_state(random)
 
     @property
     def updates(self) -> int:

@@ -4,7 +4,7 @@ import functools
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,16 +16,15 @@ from sppkit.graph import Probe, Site, Start
 
 KEPT = 2**30  # bytes of values on the way, at most, that one layer's pass leaves for the next one's
 Samples = list[tuple[Tensor, Tensor]]  # of each batch: positions (B, points), outputs there (B * points, n)
-Settings = ParamSpec("Settings")
-Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def frugal(function: Callable[Settings, Result]) -> Callable[Settings, Result]:
+def frugal(function: Function) -> Function:
     """`function` begins again with half its `batch_size` images a chunk when memory runs out; a warning names it."""
 
     @functools.wraps(function)
-    def run(*arguments: Settings.args, **settings: Settings.kwargs) -> Result:
-        size: Any = settings.get("batch_size", 100)
+    def run(*arguments: Any, **settings: Any) -> Any:
+        size = settings.get("batch_size", 100)
         while True:
             settings["batch_size"] = size
             try:
@@ -38,7 +37,7 @@ def frugal(function: Callable[Settings, Result]) -> Callable[Settings, Result]:
             gc.collect()  # a graph that was being run refers to itself
             warnings.warn(f"out of memory: begun again with batch_size={size}", stacklevel=2)
 
-    return run
+    return cast(Function, run)
 
 
 def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor:
@@ -82,9 +81,8 @@ def collect(
         return sample
 
     probe = Probe(network, graph, after={place.total or place.node: see(name) for name, place in places.items()})
-    device = next(network.parameters()).device
     for batch in images.split(batch_size):
-        probe.look(batch.to(device))
+        probe.look(batch.to(next(network.parameters()).device))
     return samples
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SCHEMA = 1
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], description: dict[str, Any]) -> None:
-    """Write `tensors` and a JSON-able `description`, which must name its "kind"."""
-    # Cloned, because safetensors refuses tensors that share memory, as tied weights and views do.
+    """Write copies of `tensors`, which may share memory, and a JSON-able `description`, which must name its "kind"."""
     own = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     write_bytes(path, safetensors.torch.save(own, metadata={"sppkit": json.dumps({**description, "schema": SCHEMA})}))
 
@@ -54,21 +53,3 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_network(network: nn.Module, path: str | Path, /, **description: Any) -> None:
-    """Save the state dict of `network`; `description` says what a reader needs to build the same one."""
-    save(path, network.state_dict(), {**description, "kind": "network"})
-
-
-def load_network(network: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Load a state dict into `network`, return the description; raises as `load`, ValueError for another network."""
-    tensors, description = load(path, kind="network")
-    theirs, ours = ({k: tuple(t.shape) for k, t in d.items()} for d in (tensors, network.state_dict()))
-    if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
-        name, count = different[0], len(different)
-        shapes = f"{theirs.get(name, 'absent')} in the file and {ours.get(name, 'absent')} in the network"
-        found = f"{str(path)!r} is of another network: {name!r} is {shapes} ({count} names differ)"
-        raise ValueError(f"{found}; build the network of the file's description, {description}")
-    network.load_state_dict(tensors)
-    return description

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,19 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], ModuleT
         return again
 
     return copy
+
+
+@pytest.fixture
+def kernels(interpret: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`sppkit.kernels` for a CPU, by the interpreter, in programs of few places; whatever imports it now gets this."""
+    import sppkit.kernels
+
+    made = interpret(sppkit.kernels)
+    made.DEVICES = ("cpu",)
+    made.TILES |= {"PLACES": 64, "COUNT": 5}
+    monkeypatch.setitem(sys.modules, "sppkit.kernels", made)
+    monkeypatch.setattr(sppkit, "kernels", made)
+    return made
 
 
 @pytest.fixture

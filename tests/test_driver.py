@@ -17,7 +17,6 @@ from settings import lines as lines_of
 from training import OutOfTime, networks
 from training.data import ImageData, load
 
-from sppkit import state
 from sppkit.compact import compact
 from sppkit.cost import flop_ratio
 
@@ -146,7 +145,7 @@ def test_a_baseline_that_was_tampered_with_is_refused(digits: ImageData, tmp_pat
     network, _ = baseline(SMALL, digits, places)
     (path,) = places.checkpoints.iterdir()
     network.linear.bias.data += 1
-    state.save_network(network, path)
+    networks.save(network, path)
     with pytest.raises(ValueError, match="is not the network that its record describes"):
         baseline(SMALL, digits, places)
 
@@ -191,7 +190,7 @@ def test_a_large_baseline_is_trained_anew_where_it_is_absent(
     assert len(list(run_all([replace(short, flop_ratio=r) for r in (2, 3)], places, device=device, jobs=2))) == 2
     assert not path.exists()
     network.linear.bias.data += 1  # as another piece of work on a GPU would train another
-    state.save_network(network, path)
+    networks.save(network, path)
     other = run(replace(short, flop_ratio=4), digits, places)
     assert other["baseline_id"] == driver.network_id(network) != base["baseline_id"]
     bases = lines(places, "baseline")

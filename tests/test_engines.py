@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from sppkit.compact import ColumnConv2d
 
 TILES = {
-    "columns": {"PLACES": 64, "COUNT": 5},
+    "columns": {"PLACES": 64, "COUNT": 5},  # as the fixture `kernels` has it
     "blocks": {"PLACES": 64, "COUNT": 3},
     "fused": {"PLACES": 64, "FILTERS": 16},
 }
 
 
 @pytest.fixture
-def interpreted(interpret: Callable[[ModuleType], ModuleType]) -> ModuleType:
+def interpreted(kernels: ModuleType, interpret: Callable[[ModuleType], ModuleType]) -> ModuleType:
     module = interpret(engines)
+    assert module.TILES["columns"] is kernels.TILES
     for engine, tiles in TILES.items():  # small ones: less to interpret
         module.TILES[engine] = {**module.TILES[engine], **tiles}
     return module
@@ -124,21 +125,24 @@ def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: py
         interpreted.GatheredConv2d(column, "dense")
     with pytest.raises(ValueError, match=r"kernel 8 x 8: .* at most 63 taps"):
         interpreted.GatheredConv2d(ColumnConv2d(nn.Conv2d(3, 4, 8), torch.arange(9)))
+    monkeypatch.setattr(interpreted.kernels, "DEVICES", ("cuda",))
+    with pytest.raises(RuntimeError, match="engine='columns' is for a GPU, and the images are on cpu"):
+        interpreted.GatheredConv2d(column)(torch.randn(1, 3, 8, 8))
     monkeypatch.setattr(interpreted, "triton", None)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         interpreted.GatheredConv2d(column)
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", ["blocks", "fused"])
 def test_the_kernels_compile_for_a_gpu(engine: str, ptx: Callable[..., str]) -> None:
     """Memory is read in vectors where neighbours go together."""
     tiles = engines.TILES[engine]
     constants = {"KH": 3, "KW": 3, "RUN": 16, "STEP": engines.STEP // 2, "RELU": True, **tiles}
-    pointers = {"index": "*i32", "run": "*i32", "taps": "*i32"} | dict.fromkeys(("x", "read", "bias", "out"), "*bf16")
+    pointers = {"run": "*i32", "taps": "*i32"} | dict.fromkeys(("x", "read", "bias", "out"), "*bf16")
     weight = f"tensordesc<bf16[{engines.STEP // 2},{tiles.get('FILTERS')}]>"
-    sixteen = ("sB", "sH", "sW", "filters") if engine != "columns" else ()  # channels-last, 16 channels
+    sixteen = ("sB", "sH", "sW", "filters")  # channels-last, 16 channels
     made = ptx(getattr(engines, f"_{engine}"), constants, {**pointers, "weight": weight}, sixteen)
-    wide = {"columns": "ld.global.b16", "blocks": "ld.global.v4.b32", "fused": "wgmma.mma_async"}
+    wide = {"blocks": "ld.global.v4.b32", "fused": "wgmma.mma_async"}
     assert wide[engine] in made
     if engine == "fused":  # by 16 bytes, and of weights whole tiles
         assert "cp.async.cg.shared.global" in made

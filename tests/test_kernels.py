@@ -1,43 +1,116 @@
-"""The Triton kernels of masking, by Triton's interpreter on the CPU, against torch's operators."""
+"""The Triton kernels, by Triton's interpreter on the CPU, against torch's operators."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from sppkit import kernels
-
-
-@pytest.fixture
-def interpreted(interpret: Callable[[ModuleType], ModuleType]) -> ModuleType:
-    return interpret(kernels)
+from sppkit import compact
+from sppkit import kernels as plain
+from sppkit.compact import ColumnConv2d
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
 @pytest.mark.parametrize("count", [1, 2048, 5001])
-def test_the_kernels_do_what_the_operators_do(interpreted: ModuleType, count: int, dtype: torch.dtype) -> None:
+def test_masking_does_what_the_operators_do(kernels: ModuleType, count: int, dtype: torch.dtype) -> None:
     draw, G = torch.Generator().manual_seed(count), 2**16
     groups, keep = torch.randint(0, G, (count,), generator=draw).to(dtype), torch.rand(G, generator=draw) > 0.5
     flats = torch.randn(3, count, generator=draw)
     found, expected = [(torch.zeros(count, dtype=torch.bool), torch.zeros(count), *flats.clone()) for _ in range(2)]
-    mask, masked, weight, first, second = found
-    programs = (-(-count // 2048),)
-    interpreted._hide[programs](
-        weight, keep.view(torch.uint8), groups, mask.view(torch.uint8), masked, count, BLOCK=2048
-    )
-    interpreted._clear[programs](first, second, mask.view(torch.uint8), count, BLOCK=2048)
-    mask, masked, weight, first, second = expected
-    kernels.hide(weight, keep, groups, mask, masked)
-    kernels.clear(first, second, mask)
+    for module, flats in ((kernels, found), (plain, expected)):
+        mask, masked, weight, first, second = flats
+        module.hide(weight, keep, groups, mask, masked)
+        module.clear(first, second, mask)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert count == 1 or 0 < expected[0].float().mean() < 1
 
 
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [*itertools.product((1, (2, 1)), (0, 1, 2), (1, 2))])
+def test_gathering_reads_the_columns_of_unfold(
+    kernels: ModuleType, stride: int | tuple[int, int], padding: int, dilation: int
+) -> None:
+    draw = torch.Generator().manual_seed(stride if isinstance(stride, int) else 2)
+    x, kept = torch.randn(2, 5, 8, 7, generator=draw), torch.randperm(30, generator=draw)[:11]
+    conv = nn.Conv2d(5, 3, (3, 2), stride=stride, padding=padding, dilation=dilation)
+    column = ColumnConv2d(conv, kept)
+    unfolded = F.unfold(x, conv.kernel_size, dilation, padding, stride)[:, kept]  # (B, K, places of an image)
+    for layout in (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1)):
+        read = kernels.gather(layout, column, 16)
+        assert read.shape[1:] == (2, *conv(x).shape[2:])
+        assert torch.equal(read[:11].flatten(2).transpose(0, 1), unfolded)
+        assert torch.equal(read[11:].flatten(1).unique(dim=1)[:, 0], torch.tensor([1.0, 0, 0, 0, 0]))
+    assert kernels.gather(x, column, 11).shape[0] == 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_column_layer_by_the_kernel_is_the_masked_convolution(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, bias: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 9, 3, padding=1, bias=bias).to(dtype), torch.randn(3, 6, 7, 5, dtype=dtype)
+    kept = torch.rand(54) < 0.3
+    conv.weight.data.flatten(1)[:, ~kept] = 0
+    column, launched = ColumnConv2d(conv, kept.nonzero().flatten()), []
+    expected = column(x)
+    monkeypatch.setattr(compact, "kernels", kernels)
+    gather = kernels.gather
+    monkeypatch.setattr(kernels, "gather", lambda *given: launched.append(1) or gather(*given))
+    with torch.no_grad():
+        torch.testing.assert_close(column(x), conv(x))
+        assert column(x).is_contiguous()
+        assert len(launched) == 2
+        nothing = ColumnConv2d(conv, torch.arange(0))
+        torch.testing.assert_close(nothing(x), conv(x) * 0 + (conv.bias[:, None, None] if bias else 0))
+    assert len(launched) == 3
+    column(x).sum().backward()  # of the weights alone: by the kernel as well
+    mine, column.weight.grad = column.weight.grad, None
+    expected.sum().backward()
+    torch.testing.assert_close(mine, column.weight.grad)
+    assert len(launched) == 4
+    x.requires_grad_()
+    column(x).sum().backward()
+    (theirs,) = torch.autograd.grad(conv(x).sum(), x)
+    torch.testing.assert_close(x.grad, theirs)
+    torch.testing.assert_close(torch.export.export(column, (x,)).module()(x), expected)
+    reflected = nn.Conv2d(6, 9, 3, padding=1, padding_mode="reflect").to(dtype)
+    torch.testing.assert_close(ColumnConv2d(reflected, torch.arange(54))(x.detach()), reflected(x.detach()))
+    large = nn.Conv2d(6, 2, 8, padding=4).to(dtype)  # 64 taps: more than there are bits
+    torch.testing.assert_close(ColumnConv2d(large, torch.arange(384))(x.detach()), large(x.detach()))
+    assert len(launched) == 5, "the last one asks, and is told no"
+
+
+def test_where_a_kernel_does_not_run_torchs_operators_stand_in(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __getitem__(self, grid: tuple[int]) -> object:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(compact, "kernels", kernels)
+    monkeypatch.setattr(kernels, "_gather", Broken())
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6)
+    column = ColumnConv2d(conv, torch.arange(27))
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"kernels do not run here \(no compiler\)"):
+            torch.testing.assert_close(column(x), conv(x))
+        torch.testing.assert_close(column(x), conv(x))  # it is not tried again
+    assert kernels._hide is kernels._clear is kernels._gather is None
+
+
+def test_gathering_compiles_for_a_gpu(ptx: Callable[..., str]) -> None:
+    constants, pointers = {"KH": 3, "KW": 3, **plain.TILES}, {"index": "*i64", "x": "*bf16", "read": "*bf16"}
+    assert "ld.global.b16" in ptx(plain._gather, constants, pointers)
+
+
 def test_indices_stay_as_they_are_on_a_cpu_or_where_two_bytes_do_not_do() -> None:
     groups = torch.tensor([0, 2**16], dtype=torch.int32)
-    assert kernels.narrow(groups, 2**16 + 1) is groups
-    assert kernels.narrow(groups[:1], 1).dtype == torch.int32
+    assert plain.narrow(groups, 2**16 + 1) is groups
+    assert plain.narrow(groups[:1], 1).dtype == torch.int32

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Batches, Normalise
+from training import Batches, Normalise, view
 from training.data import Split
 
 from sppkit import methods, spp
@@ -297,17 +297,17 @@ def test_views_show_the_network_and_give_it_back() -> None:
     before, state = network[0].weight.detach().clone(), pruner.generator.get_state()
     p = pruner.probability[:27].view(1, 3, 3, 3)
     for kind, share in (("expected", 1 - p), ("threshold", (p < 0.5).float()), ("unmasked", torch.ones_like(p))):
-        with pruner.view(kind):
+        with view(pruner, kind):
             torch.testing.assert_close(network[0].weight.detach(), before * share)
         assert torch.equal(network[0].weight.detach(), before)
-    with pruner.view("unmasked"):
+    with view(pruner, "unmasked"):
         assert not network[2].weight.flatten(1)[:, -3:].any()
-    with pruner.view("sampled"):
+    with view(pruner, "sampled"):
         kept = network[2].weight.ne(0).flatten(1)
     assert torch.equal(kept.all(0), kept.any(0))
     assert 20 < int(kept.any(0).sum()) < 55  # p rises from 0.2 to 1
     assert torch.equal(pruner.generator.get_state(), state)
-    with pytest.raises(ValueError, match="view 'mean' must be one of sampled"), pruner.view("mean"):
+    with pytest.raises(ValueError, match="view 'mean' must be one of sampled"), view(pruner, "mean"):
         pass
 
 

@@ -217,7 +217,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(data.replace(b'\\"schema\\": 1', b'\\"schema\\": 9'))
     with pytest.raises(ValueError, match="schema 9"):
         portable.load(path)
-    state.save_network(nn.Linear(2, 2), path)
+    networks.save(nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match="kind 'network'"):
         portable.load(path)
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model
-from training import data
+from training import data, networks
 from training.step import TrainingStep
 
-from sppkit import cost, portable, state
+from sppkit import cost, portable
 from sppkit.__main__ import main
 from sppkit.plan import make_plan
 from sppkit.pruner import Pruner
@@ -266,7 +266,7 @@ def test_a_new_head_is_trained_first(
     with pytest.raises(Killed):
         main(command(place, "cp", out, "--new-head"))
     assert "before that, a new head: 6 steps of training" in capsys.readouterr().out
-    state.load_network(dense, out / "work" / "dense.safetensors")
+    networks.load(dense, out / "work" / "dense.safetensors")
     given = safetensors.torch.load_file(place / f"{MODELS['cp']}.safetensors")
     moved = {name: float((dense.state_dict()[name] - tensor).abs().max()) for name, tensor in given.items()}
     assert 0 < moved["features.0.weight"] < 0.01  # trained on

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import networks
+from training import networks, view
 
 from sppkit import spp
 from sppkit.groups import Groups
@@ -347,7 +347,7 @@ def test_a_look_in_the_middle_of_a_step_leaves_what_was_shown() -> None:
     pruner.mask()
     shown = network.one.weight.detach().clone()
     assert shown.eq(0).any()
-    with pruner.view("unmasked"):
+    with view(pruner, "unmasked"):
         assert network.one.weight.detach().ne(0).all()
     assert torch.equal(network.one.weight.detach(), shown)
 
@@ -357,7 +357,7 @@ def test_a_look_keeps_the_type_of_the_weights() -> None:
     plan = Plan(Groups(network, torch.zeros(1, 3, 5, 6), layers=[*TARGETS]), TARGETS)
     pruner = Pruner(network.to(torch.bfloat16), plan)
     pruner.probability.fill_(0.5)
-    with pruner.view("expected"):
+    with view(pruner, "expected"):
         assert network.one.weight.dtype == torch.bfloat16
 
 

@@ -18,6 +18,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import nn
+from training import networks
 
 from sppkit import state
 
@@ -127,7 +128,7 @@ def test_a_hostile_pickle_is_refused_and_never_run(tmp_path: Path, write: Callab
     with path.open("wb") as file:
         write({"weight": Hostile(mark)}, file)
     with pytest.raises(ValueError, match=r"not a safetensors file.*pickle.*never read"):
-        state.load_network(network(), path)
+        networks.load(network(), path)
     assert not mark.exists()
     if write is pickle.dump:  # the trap works: whoever unpickles the file springs it
         pickle.loads(path.read_bytes())["weight"].close()
@@ -221,8 +222,8 @@ def test_a_network_goes_to_a_file_and_back(tmp_path: Path) -> None:
     with torch.no_grad():
         two.state_dict()["0.weight"][0, 0, 0, 0] += 1
     assert driver.network_id(one) != driver.network_id(two)
-    state.save_network(one, path, model="small", width=4)
-    assert state.load_network(two, path) == {"schema": 1, "kind": "network", "model": "small", "width": 4}
+    networks.save(one, path, model="small", width=4)
+    assert networks.load(two, path) == {"schema": 1, "kind": "network", "model": "small", "width": 4}
     assert driver.network_id(one) == driver.network_id(two)
     assert len(driver.network_id(one)) == 12
 
@@ -246,7 +247,7 @@ def test_the_network_id_is_a_plain_sha256() -> None:
 def test_a_checkpoint_of_another_network_changes_nothing(tmp_path: Path, other: nn.Module, message: str) -> None:
     path, net = tmp_path / "a.safetensors", network()
     before = driver.network_id(net)
-    state.save_network(other, path, model="other")
+    networks.save(other, path, model="other")
     with pytest.raises(ValueError, match=message):
-        state.load_network(net, path)
+        networks.load(net, path)
     assert driver.network_id(net) == before

@@ -445,7 +445,7 @@ def test_a_checkpoint_cut_short_or_of_another_kind_is_refused(images: ImageData,
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is cut short or damaged"):
         fit(make("convnet"), images, SETTINGS, checkpoint=checkpoint)
-    state.save_network(make("convnet"), checkpoint)
+    networks.save(make("convnet"), checkpoint)
     with pytest.raises(ValueError, match="is of kind 'network'"):
         fit(make("convnet"), images, SETTINGS, checkpoint=checkpoint)
 

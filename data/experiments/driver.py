@@ -155,12 +155,12 @@ def _baseline(
     path = (places.root / "build" / "baselines" if large else places.checkpoints) / name
     begin, size, there = time.monotonic(), len(data.train.images[0]), path.exists()
     if there:
-        trained_on = state.load_network(network, path).get("image_size", size)
+        trained_on = networks.load(network, path).get("image_size", size)
         if trained_on != size:
             raise ValueError(f"{path} was trained on {trained_on}-pixel images, not {size}; move it away")
     else:
         yield from stepwise(network, data, settings, **limits(places.work / name))
-        state.save_network(network, path, name=base.network, classes=list(data.classes), image_size=size)
+        networks.save(network, path, name=base.network, classes=list(data.classes), image_size=size)
     identity = network_id(network)
     records = [r for r in lines(places.runs / f"{base.experiment}.jsonl") if r["run_id"] == base.run_id]
     found = next((r for r in records if r["baseline_id"] == identity), None)

@@ -1,15 +1,12 @@
 """Engines for column convolutions on a GPU, on trial: Triton kernels that read nothing but kept columns.
 
-The package reads them through torch's indexing, which is made for any index. Here
-
-    columns   gathers single columns into a matrix (K, places) that the library's GEMM multiplies; any layout is read as
-              it lies, and what comes out lies as (O, B, Ho, Wo), which the next such layer reads in turn
+    columns   gathers single columns as the package does (`kernels.gather`) into a matrix (K, places) that the library's
+              GEMM multiplies; what comes out stays as it lies, (O, B, Ho, Wo), which the next such layer reads in turn
     blocks    gathers runs of 8, 16 or 32 neighbouring channels of one tap, of an input in channels-last, into a matrix
               (places, K) for the library's GEMM; what comes out is in channels-last
     fused     multiplies such runs while it reads them: no matrix is written
 
-Each takes the ReLU after it in. Padding is never copied: each place of the output knows as bits which of its taps lie
-inside. `bench_speed` times them.
+Each takes the ReLU after it in. `bench_speed` times them.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import torch
 from dense_layers import Rectified
 from torch import Tensor, nn
 
-from sppkit import fast
+from sppkit import fast, kernels
 from sppkit.compact import ColumnConv2d
 from sppkit.timing import milliseconds
 
@@ -29,7 +26,7 @@ RUNS = (32, 16, 8)  # channels
 Tiles = dict[str, int]
 # Of a program: places, and columns or runs (COUNT) that share the arithmetic of these places, or filters
 TILES: dict[str, Tiles] = {
-    "columns": {"PLACES": 1024, "COUNT": 16, "num_warps": 4},
+    "columns": kernels.TILES,
     "blocks": {"PLACES": 128, "COUNT": 8, "num_warps": 8},
     "fused": {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5},
 }
@@ -49,40 +46,11 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from sppkit.kernels import _place
 except ImportError:  # a torch without it
     triton = None
 else:
-
-    @triton.jit
-    def _place(  # type: ignore[no-untyped-def]
-        at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH: tl.constexpr, KW: tl.constexpr
-    ):
-        """Where the window of each place begins in memory, and which of its taps (bits) lie inside the image."""
-        image, rest = at // (Ho * Wo), at % (Ho * Wo)
-        h, w = rest // Wo * down - top, rest % Wo * across - left
-        inside = tl.full(at.shape, 0, tl.int64)
-        for tap in tl.static_range(KH * KW):
-            y, z = h + tap // KW * dh, w + tap % KW * dw
-            there = (at < places) & (y >= 0) & (y < H) & (z >= 0) & (z < W)
-            inside |= there.to(tl.int64) << tap
-        return image.to(tl.int64) * sB + h * sH + w * sW, inside
-
-    @triton.jit
-    def _columns(  # type: ignore[no-untyped-def]
-        x, index, read, K, rows, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
-        KH: tl.constexpr, KW: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
-    ):  # fmt: skip
-        parts = (rows + COUNT - 1) // COUNT
-        part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
-        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
-        for j in tl.static_range(COUNT):
-            k = part * COUNT + j
-            column = tl.load(index + k, mask=k < K, other=0)
-            tap = column % (KH * KW)
-            offset = (column // (KH * KW)).to(tl.int64) * sC + tap // KW * dh * sH + tap % KW * dw * sW
-            value = tl.load(x + base + offset, mask=((inside >> tap) & 1 == 1) & (k < K), other=0)
-            value = tl.where(k == K, 1.0, value).to(read.dtype.element_ty)  # what the bias multiplies
-            tl.store(read + k.to(tl.int64) * places + at, value, mask=(at < places) & (k < rows))
 
     @triton.jit
     def _blocks(  # type: ignore[no-untyped-def]
@@ -195,32 +163,27 @@ class GatheredConv2d(nn.Module):
         return GatheredConv2d(self.column[0], "fused", relu=self.relu).to(self.weight) if self.run > 1 else self
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.engine != "columns":
-            x = x.contiguous(memory_format=torch.channels_last)
-        elif x.stride(1) == 1:  # neighbours in memory are to be neighbouring places, not channels
-            x = x.contiguous()
+        if self.engine == "columns":
+            return self._by_columns(x)
+        x = x.contiguous(memory_format=torch.channels_last)
         B, _, H, W = x.shape
         (kh, kw), (dh, dw), (left, right, top, bottom) = self.kernel_size, self.dilation, self.padding
         Ho = (H + top + bottom - dh * (kh - 1) - 1) // self.stride[0] + 1
         Wo = (W + left + right - dw * (kw - 1) - 1) // self.stride[1] + 1
-        sB, sC, sH, sW = x.stride()
-        tail = (*self.stride, top, left, dh, dw, kh, kw)
-        sizes: tuple[Any, ...] = (B * Ho * Wo, H, W, Ho, Wo)
-        if self.engine == "columns":
-            y = self._by_columns(x, sizes, (sB, sC, sH, sW, *tail))
-            return y.unflatten(1, (B, Ho, Wo)).transpose(0, 1)  # (B, O, Ho, Wo)
-        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, sizes, (sB, sH, sW, *tail))
+        sB, _, sH, sW = x.stride()
+        rest = (sB, sH, sW, *self.stride, top, left, dh, dw, kh, kw)
+        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, (B * Ho * Wo, H, W, Ho, Wo), rest)
         return y.unflatten(0, (B, Ho, Wo)).permute(0, 3, 1, 2)
 
-    def _by_columns(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        K, rows, kernel, how = len(self.index), self.weight.shape[1], globals()["_columns"], TILES["columns"]
-        read = x.new_empty(rows, sizes[0])
-        if rows:
-            grid = (triton.cdiv(rows, how["COUNT"]) * triton.cdiv(sizes[0], how["PLACES"]),)
-            kernel[grid](x, self.index, read, K, rows, *sizes, *rest, **how)
-        if self.relu and rows:
-            return torch._addmm_activation(x.new_zeros(sizes[0]), self.weight, read)
-        return self.weight @ read
+    def _by_columns(self, x: Tensor) -> Tensor:
+        """(B, O, Ho, Wo), laid out as (O, B, Ho, Wo)."""
+        read = kernels.gather(x, self, self.weight.shape[1], TILES["columns"])
+        if read is None:
+            raise RuntimeError(f"engine='columns' is for a GPU, and the images are on {x.device}")
+        flat = read.flatten(1)
+        rectified = self.relu and len(read)
+        y = torch._addmm_activation(x.new_zeros(flat.shape[1]), self.weight, flat) if rectified else self.weight @ flat
+        return y.unflatten(1, read.shape[1:]).transpose(0, 1)
 
     def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         runs, kernel, how = len(self.runs), globals()["_blocks"], TILES["blocks"]

@@ -5,8 +5,8 @@
 """
 
 from training.batches import Batches, Normalise, evaluation
-from training.loop import OutOfTime, evaluate, fit, renew_statistics, stepwise
+from training.loop import VIEWS, OutOfTime, evaluate, fit, renew_statistics, stepwise, view
 from training.step import Training, TrainingStep
 
 __all__ = ["Batches", "Normalise", "OutOfTime", "Training", "TrainingStep", "evaluate", "evaluation", "fit"]
-__all__ += ["renew_statistics", "stepwise"]
+__all__ += ["VIEWS", "renew_statistics", "stepwise", "view"]

@@ -5,7 +5,8 @@ Resumed on a CPU, a run ends bit for bit like one that was never stopped; a GPU'
 
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +16,14 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
+from sppkit import spp
 from sppkit.pruner import Pruner
 from training.batches import Normalise, evaluation
 from training.data import ImageData
 from training.step import Training, TrainingStep, autocast, precision_flags
 
 SAVE_EVERY = 60  # seconds between checkpoints
+VIEWS = ("sampled", "expected", "threshold", "unmasked")
 Result = TypeVar("Result")
 
 
@@ -122,3 +125,24 @@ def evaluate(network: nn.Module, data: ImageData, settings: Training) -> float:
         correct = sum((network(x).argmax(1) == y).sum() for x, y in batches)
     network.train(training)
     return 100 * int(correct) / len(data.test)
+
+
+@contextmanager
+def view(pruner: Pruner, kind: str) -> Iterator[None]:
+    """The network for a look at it while it is being pruned, its weights given back afterwards.
+
+    "sampled": one draw of the masks, as a training step has them; "expected": weights times 1 - p; "threshold": groups
+    with p below 0.5; "unmasked": all that are not gone. ValueError for another kind.
+    """
+    if kind not in VIEWS:
+        raise ValueError(f"view {kind!r} must be one of {', '.join(VIEWS)}")
+    p, random, shown = pruner._p, pruner.generator.get_state(), [weight.data for weight in pruner._parameters]
+    drawn = spp.draw(p, pruner.generator)
+    stays = {"sampled": drawn, "expected": 1 - p, "threshold": p < 0.5, "unmasked": p >= 0}[kind]
+    weight = pruner._weight * stays[pruner._columns] * stays[pruner._rows]
+    try:
+        pruner._show(pruner._views(weight.to(pruner._weight.dtype)))
+        yield
+    finally:
+        pruner._show(shown)
+        pruner.generator.set_state(random)

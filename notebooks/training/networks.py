@@ -3,10 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sppkit import state
 
 VGG16 = (64, 64, 0, 128, 128, 0, *(256, 256, 256, 0), *(512, 512, 512, 0), *(512, 512, 512, 0))
 
@@ -150,3 +154,21 @@ def create(name: str, *, classes: int = 10, seed: int = 0) -> nn.Module:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
         network = NETWORKS[name](classes)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def save(network: nn.Module, path: str | Path, /, **description: Any) -> None:
+    """Save the state dict of `network`; `description` says what a reader needs to build the same one."""
+    state.save(path, network.state_dict(), {**description, "kind": "network"})
+
+
+def load(network: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Load a state dict into `network`, return its description; raises as `state.load`, and for another network."""
+    tensors, description = state.load(path, kind="network")
+    theirs, ours = ({k: tuple(t.shape) for k, t in d.items()} for d in (tensors, network.state_dict()))
+    if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
+        name, count = different[0], len(different)
+        shapes = f"{theirs.get(name, 'absent')} in the file and {ours.get(name, 'absent')} in the network"
+        found = f"{str(path)!r} is of another network: {name!r} is {shapes} ({count} names differ)"
+        raise ValueError(f"{found}; build the network of the file's description, {description}")
+    network.load_state_dict(tensors)
+    return description
