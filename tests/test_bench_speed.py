@@ -144,7 +144,7 @@ class Replayed(nn.Module):
 
 
 def test_the_way_of_a_gpu_through_the_benchmark(
-    interpret: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch
+    kernels: ModuleType, interpret: Callable[[ModuleType], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Engines on trial by the interpreter; graphs are played."""
 
@@ -156,6 +156,7 @@ def test_the_way_of_a_gpu_through_the_benchmark(
         return ready
 
     right = fast.optimise
+    kernels.TILES |= {"PLACES": 1024, "COUNT": 16}  # fewer programs to interpret
     monkeypatch.setattr(bench, "engines", interpret(bench.engines))
     dense = interpret(bench.dense_layers)
     for kernel in ("_image", "_pool"):
