@@ -150,9 +150,9 @@ def factorise(
     targets, rows = collect(original, graph, places, images, points, seed, batch_size), []
 
     def look(layer: str, samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:
-        now, conv = trace(small), convolution(small, layer)
+        now = trace(small)
         place = Site(layer, next(node for node in now.nodes if node.target == layer), None)
-        return patches(small, now, place, conv, images, samples, batch_size)
+        return patches(small, now, place, images, samples, batch_size, None)
 
     for name, place in places.items():
         (r, d), samples, relu, last = wanted[name], targets.pop(name), _rectified(original, place.node), name

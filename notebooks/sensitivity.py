@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sppkit import cp
 from sppkit.compact import convolutions, trace
-from sppkit.graph import sites
+from sppkit.graph import Start, sites
 from sppkit.lasso import path
 from sppkit.reconstruct import Moments, lasso_problem, refit
 from sppkit.samples import collect, convolution, patches
@@ -59,10 +59,10 @@ def curves(
     """
     graph = trace(network)
     places, result = sites(network, graph, samplers=samplers), dict[str, Curve]()
-    samples = collect(network, graph, places, images, points, seed, 100)
+    samples, starts = collect(network, graph, places, images, points, seed, 100), dict[int, Start]()
     for name, place in places.items():
         conv, moments = convolution(network, name), Moments()
-        for X, Y in patches(network, graph, place, conv, images, samples.pop(name), 100):
+        for X, Y in patches(network, graph, place, images, samples.pop(name), 100, starts):
             moments.add(X, Y)
         curve = {1: 1.0, conv.in_channels: 0.0}
         if moments.yty.any():

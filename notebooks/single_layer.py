@@ -25,11 +25,12 @@ def sample_layer(
     (torch.Size([8, 75]), torch.Size([8, 8]))
     """
     network = copy.deepcopy(network).eval()
-    graph, conv = trace(network), convolution(network, layer)
+    graph = trace(network)
+    convolution(network, layer)  # or a ValueError
     nodes = [node for node in graph.nodes if node.target == layer]
     if not nodes:
         raise ValueError(f"layer {layer!r} is never run")
     place = Site(layer, nodes[0], None)
     samples = collect(network, graph, {layer: place}, images, points, seed, batch_size)[layer]
-    X, Y = zip(*patches(network, graph, place, conv, images, samples, batch_size), strict=True)
+    X, Y = zip(*patches(network, graph, place, images, samples, batch_size, None), strict=True)
     return torch.cat(X), torch.cat(Y)

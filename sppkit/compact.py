@@ -75,8 +75,10 @@ class ColumnConv2d(nn.Module):
         self.register_buffer("index", _channels(conv)[kept // taps] * taps + kept % taps)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (y := self._by_kernel(x)) is not None:
-            return y
+        if not torch.jit.is_scripting():
+            found = self._by_kernel(x)
+            if found is not None:
+                return found
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
         x = F.pad(x.contiguous(), self.padding, self.padding_mode)
         rows = x.unfold(2, dh * (kh - 1) + 1, sh)[..., ::dh]  # (B, C, Ho, W, kh)
@@ -88,9 +90,12 @@ class ColumnConv2d(nn.Module):
         return y.unflatten(1, read.shape[1:]).transpose(0, 1).contiguous()  # (B, O, Ho, Wo)
 
     def _by_kernel(self, x: Tensor) -> Tensor | None:
-        """On a GPU, where no gradient has to pass; the bias is one more column."""
-        graded, traced = torch.is_grad_enabled() and x.requires_grad, torch.compiler.is_compiling()
-        if x.device.type not in kernels.DEVICES or graded or traced or self.padding_mode != "constant":
+        """On a GPU, where numbers are asked for: no gradients, no trace. The bias is one more column."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        plain = type(x) is Tensor and x.ndim == 4 and x.shape[1] >= self.in_channels and self.padding_mode == "constant"
+        alike = plain and (x.dtype, x.device) == (self.weight.dtype, self.weight.device) == (x.dtype, self.index.device)
+        if not alike or x.device.type not in kernels.DEVICES or torch.is_autocast_enabled(x.device.type):
             return None
         weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
         weight = F.pad(weight, (0, -weight.shape[1] % 8))  # a GEMM is fast where sizes are multiples of it

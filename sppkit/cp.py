@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from sppkit import cost
 from sppkit.compact import compact, trace
-from sppkit.graph import Site, Start, fold, sites, unfold
+from sppkit.graph import Site, fold, sites, unfold
 from sppkit.lasso import select as lasso
 from sppkit.reconstruct import Moments, error, lasso_problem, refit
-from sppkit.samples import collect, convolution, frugal, patches
+from sppkit.samples import Starts, collect, convolution, frugal, patches
 
 # From moments of what a convolution reads and is to give, the convolution and how many channels to keep, and by keyword
 # `few`, moments of some samples, `producer`, the filters that make its input or None, and `generator`: channels (keep,)
@@ -54,10 +54,9 @@ def widths(
     >>> widths(network, torch.zeros(1, 3, 32, 32), 2)
     {'2': 19, '4': 37}
     """
-    if not 1 < flop_ratio < math.inf:
-        raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
-    if multiple < 1:
-        raise ValueError(f"multiple={multiple} must be at least 1, of channels")
+    if not 1 < flop_ratio < math.inf or multiple < 1:
+        given = f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates"
+        raise ValueError(f"{given}; multiple={multiple} must be at least 1, of channels")
     found = sites(network, trace(network), samplers=samplers)
     weight = dict.fromkeys(found, 1.0) if rule is None else rule
     if bad := [name for name in weight if name not in found or not weight[name] > 0]:
@@ -138,8 +137,8 @@ def mask_channels(
     with the old weights of the kept channels and error after the refit (see `reconstruct.error`), alpha and violation
     (of `lasso.select`), undetermined directions (see `reconstruct.refit`), macs before and macs_left, filters gone
     included. In memory: samples of all outputs, (B · points) floats an output channel; moments of one layer,
-    (c kh kw + n)^2 doubles, a few times; a chunk of batch_size images, halved where that is too much. Raises ValueError
-    as those functions do, for images the network cannot run on and what cannot be pruned.
+    (c kh kw + n)^2 doubles, a few times; a chunk of batch_size images, halved where that is too much; `samples.KEPT`
+    bytes. Raises ValueError as those functions do, for images the network cannot run on and what cannot be pruned.
     """
     if (flop_ratio is None) == (keep is None):
         raise ValueError("give either flop_ratio or keep")
@@ -157,8 +156,10 @@ def mask_channels(
     if not correct:
         places = {name: Site(name, place.node, place.producer) for name, place in places.items()}
     targets = collect(original, graph, places, images, points, seed, batch_size)
-    rows, starts, generator = [], dict[int, Start](), torch.Generator().manual_seed(seed)
-    statistics = dict[str, tuple[Tensor, Tensor]]()
+    rows, statistics, generator = [], dict[str, tuple[Tensor, Tensor]](), torch.Generator().manual_seed(seed)
+    shared = len([*pruned.named_parameters(remove_duplicate=False)]) > len([*pruned.parameters()])
+    shared |= any(node.op == "get_attr" for node in graph.nodes)  # a layer's change may be one of what ran before it
+    starts: Starts = None if shared else {}
     for name, place in places.items():
         try:
             conv, samples = convolution(pruned, name), targets.pop(name)
@@ -166,7 +167,7 @@ def mask_channels(
             chosen = torch.zeros(total, dtype=torch.bool)  # the few that the authors' code would see
             chosen[torch.randperm(total, generator=generator)[: min(400, max(total // 20, 1))]] = True
             moments, few, start = Moments(), Moments(), 0
-            for X, Y in patches(pruned, graph, place, conv, images, samples, batch_size, starts):
+            for X, Y in patches(pruned, graph, place, images, samples, batch_size, starts):
                 moments.add(X, Y)
                 here, start = chosen[start : start + len(X)].to(X.device), start + len(X)
                 if select is not None and here.any():

@@ -72,15 +72,17 @@ class Probe(fx.Interpreter):
         self.after = {node.name: look for node, look in (after or {}).items()}
 
     @torch.no_grad()
-    def look(self, batch: Tensor, start: Start = (0, {})) -> Start:
-        """One pass, as far as there is something to show, on from a `start`; returns the one before the first value."""
-        values = copy.deepcopy(start[1])  # what comes may write to them
+    def look(self, batch: Tensor, start: Start | None = None) -> Start:
+        """One pass, as far as there is something to show; on from a `start`, it returns that before the first value."""
+        first = start or (0, {})
+        begin, values = copy.deepcopy(first)  # what comes may write to them
         self.env = {node: values[node.name] for node in self.plan if node.name in values}
-        ahead, first, self.args_iter = {*self.before, *self.after}, start, iter([batch])
-        for number, node in enumerate(self.plan[start[0] :], start[0]):
+        ahead, self.args_iter = {*self.before, *self.after}, iter([batch.clone()])
+        for number, node in enumerate(self.plan[begin:], begin):
             if look := self.before.get(node.name):
-                if first is start:
-                    first = number, copy.deepcopy({before.name: value for before, value in self.env.items()})
+                if start is not None and first is start:
+                    alive = {n.name: v.detach() if isinstance(v, Tensor) else v for n, v in self.env.items()}
+                    first = number, copy.deepcopy(alive)
                 look(*self.fetch_args_kwargs_from_env(node)[0])
             ahead.discard(node.name)
             if not ahead and node.name not in self.after:

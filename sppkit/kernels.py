@@ -93,11 +93,11 @@ def gather(x: Tensor, columns: Any, rows: int, tiles: dict[str, int] = TILES) ->
     Behind the K columns, where `rows` is above K, come a row of ones, which a bias multiplies, and zeros.
     """
     (kh, kw), (down, across), (dh, dw) = columns.kernel_size, columns.stride, columns.dilation
-    if _gather is None or x.device.type not in DEVICES or kh * kw > 63:
-        return None
-    x = x.contiguous() if x.stride(1) == 1 else x  # neighbours in memory are to be neighbouring places, not channels
     (B, _, H, W), (left, right, top, bottom) = x.shape, columns.padding
     Ho, Wo = ((H + top + bottom - dh * (kh - 1) - 1) // down + 1, (W + left + right - dw * (kw - 1) - 1) // across + 1)
+    if _gather is None or x.device.type not in DEVICES or kh * kw > 63 or min(Ho, Wo) < 1:
+        return None
+    x = x.contiguous() if x.stride(1) == 1 else x  # neighbours in memory are to be neighbouring places, not channels
     read, places, sizes = x.new_empty(rows, B, Ho, Wo), B * Ho * Wo, (H, W, Ho, Wo, *x.stride())
     given = (x, columns.index, read, len(columns.index), rows, places, *sizes, down, across, top, left, dh, dw)
     grid = -(-rows // tiles["COUNT"]) * -(-places // tiles["PLACES"])
@@ -113,6 +113,6 @@ def _launched(name: str, grid: int, *arguments: Any, **how: int) -> bool:
         with torch.cuda.device_of(arguments[0]):
             kernel[(grid,)](*given, **how)
     except Exception as error:  # Triton compiles at the first launch: no compiler, or a GPU that it does not know
-        warnings.warn(f"Triton's kernels do not run here ({error}); torch's operators stand in", stacklevel=2)
-        globals().update(_hide=None, _clear=None, _gather=None)
+        warnings.warn(f"Triton's kernel {name} does not run here ({error}); torch's operators stand in", stacklevel=2)
+        globals()[name] = None
     return globals()[name] is not None

@@ -2,16 +2,8 @@
 
 The weights of all pruned layers are views of one flat tensor, so a training step needs one mask, whatever the depth,
 and no host synchronisation: it can be captured in a CUDA graph. Forward and backward pass see a masked copy, the
-optimiser the weights (after an exception, `restore`). Masks are drawn for many steps at once. With a loop of one's own:
-
-    pruner = attach(network, example, flop_ratio=2)       # after network.to(device), before the optimiser's first step
-    for x, y in loader:
-        pruner.before()                                   # update when due (eqs. 3, 4), draw masks, mask (eq. 2)
-        loss(network(x), y).backward()
-        pruner.after(optimizer)                           # unmask; masked groups get no gradient and lose momentum
-        optimizer.step()                                  # weight decay still acts on every weight
-    update_bn(loader, network)                            # once pruner.finished: BatchNorm has seen masked weights only
-    small = compact(network, example)                     # (torch.optim.swa_utils); train on as long as you like
+optimiser the weights (after an exception, `restore`). Masks are drawn for many steps at once. `attach` shows a loop of
+one's own.
 """
 
 from __future__ import annotations
@@ -34,6 +26,9 @@ from sppkit.plan import Plan, make_plan
 def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str = "column", **options: Any) -> Pruner:
     """A pruner for a network of one's own, every convolution by the same ratio; `options` are those of `Pruner`.
 
+    Call it after network.to(device), before the optimiser's first step. Once the pruner is finished, BatchNorms have
+    seen masked weights only: renew them (torch.optim.swa_utils.update_bn), and train on as long as you like.
+
     >>> import torchvision
     >>> from sppkit.compact import compact
     >>> from sppkit.cost import flop_ratio
@@ -41,10 +36,10 @@ def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str 
     >>> pruner = attach(network, x, flop_ratio=2, interval=1, A=0.5)
     >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     >>> while not pruner.finished:
-    ...     pruner.before()
+    ...     pruner.before()  # update when it is due (eqs. 3, 4), draw masks, mask (eq. 2)
     ...     nn.functional.cross_entropy(network(x), torch.tensor([0, 1, 2, 0])).backward()
-    ...     pruner.after(optimizer)
-    ...     optimizer.step()
+    ...     pruner.after(optimizer)  # unmask; masked groups get no gradient and lose momentum
+    ...     optimizer.step()  # weight decay still acts on every weight
     ...     optimizer.zero_grad()
     >>> round(flop_ratio(network, compact(network, x), x), 2)
     2.0

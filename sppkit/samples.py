@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -14,6 +15,7 @@ from sppkit import cost
 from sppkit.compact import SampledConv2d
 from sppkit.graph import Probe, Site, Start
 
+Starts = dict[int, Start] | None  # of each batch
 KEPT = 2**30  # bytes of values on the way, at most, that one layer's pass leaves for the next one's
 Samples = list[tuple[Tensor, Tensor]]  # of each batch: positions (B, points), outputs there (B * points, n)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -87,20 +89,13 @@ def collect(
 
 
 def patches(
-    network: nn.Module,
-    graph: fx.Graph,
-    place: Site,
-    conv: nn.Conv2d,
-    images: Tensor,
-    samples: Samples,
-    batch_size: int,
-    starts: dict[int, Start] | None = None,
+    network: nn.Module, graph: fx.Graph, place: Site, images: Tensor, samples: Samples, batch_size: int, starts: Starts
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """X and Y of a place, batch by batch; the layers after it are not run.
 
-    starts: where passes for earlier places ended, if nothing before those has changed since; renewed where it fits.
+    starts: {}, then where passes for earlier places ended, renewed where it fits; None if what is before may change.
     """
-    seen, starts = dict[str, Tensor](), {} if starts is None else starts
+    seen, conv = dict[str, Tensor](), convolution(network, place.layer)
 
     def read(inputs: Tensor) -> None:
         seen["X"] = sample_patches(inputs, conv, seen["positions"])
@@ -111,8 +106,9 @@ def patches(
     looks = {place.node: read} | ({} if place.total is None else {place.total: shortcut})
     probe = Probe(network, graph, before=looks)
     for number, (batch, (seen["positions"], Y)) in enumerate(zip(images.split(batch_size), samples, strict=True)):
-        start = probe.look(batch.to(conv.weight.device), starts.get(number, (0, {})))
-        if len(samples) * sum(getattr(value, "nbytes", 0) for value in start[1].values()) <= KEPT:
+        start = probe.look(batch.to(conv.weight.device), None if starts is None else starts.get(number, (0, {})))
+        held = sum(v.untyped_storage().nbytes() if isinstance(v, Tensor) else math.inf for v in start[1].values())
+        if starts is not None and held * len(samples) <= KEPT:
             starts[number] = start
         yield seen["X"], Y - seen["shortcut"] if place.total is not None else Y  # Y1 - Y1' + Y2
 

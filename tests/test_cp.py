@@ -423,9 +423,53 @@ class Overwriting(nn.Module):
         return self.conv3(torch.relu_(y + x)).mean((2, 3))
 
 
-@pytest.mark.parametrize("network", [Overwriting, partial(Branches, False), partial(Branches, True)])
+class Remembering(nn.Module):
+    """Weights that act before their layer runs: of another layer too, or read at the start."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.conv2, self.conv3 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.tied = tied
+        if tied:
+            self.conv2.weight = self.conv1.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = 1.0 if self.tied else self.conv1.weight.mean()
+        x = torch.relu(self.conv2(torch.relu(self.conv1(torch.relu(self.stem(x))))))
+        return self.conv3(x * early).mean((2, 3))
+
+
+class Chunks(nn.Module):
+    """A value that is no tensor is read late, and a layer that insists on gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
+        self.conv2, self.conv3 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.graded = nn.ReLU()
+        self.graded.forward = torch.enable_grad()(self.graded.forward)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.graded(self.stem(x)).chunk(2, 1)
+        y = self.graded(self.conv1(halves[0]))
+        y = self.graded(self.conv2(y)) + halves[1].repeat(1, 2, 1, 1)
+        return self.conv3(y).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("network", "goes_on"),
+    [
+        (Overwriting, [True, True]),
+        (partial(Branches, False), [True, True]),
+        (partial(Branches, True), [True, True]),
+        (partial(Remembering, False), [False, False]),
+        (partial(Remembering, True), [False, False]),
+        (Chunks, [False, False]),
+    ],
+)
 def test_passes_that_go_on_from_the_layer_before_see_the_same(
-    network: partial[nn.Module], images: Tensor, monkeypatch: pytest.MonkeyPatch
+    network: partial[nn.Module], goes_on: list[bool], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     dense, found = shifted(network()), []
@@ -442,7 +486,7 @@ def test_passes_that_go_on_from_the_layer_before_see_the_same(
         torch.testing.assert_close(state, found[0][0], rtol=0, atol=0)
         pd.testing.assert_frame_equal(table, found[0][1])
     counts = [count for *_, count in found]
-    assert counts[2] < counts[1] < counts[0]
+    assert [counts[1] < counts[0], counts[2] < counts[1]] == goes_on
 
 
 def test_correction_lowers_the_error_of_a_deep_network() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 
@@ -59,32 +60,56 @@ def test_a_column_layer_by_the_kernel_is_the_masked_convolution(
     kept = torch.rand(54) < 0.3
     conv.weight.data.flatten(1)[:, ~kept] = 0
     column, launched = ColumnConv2d(conv, kept.nonzero().flatten()), []
-    expected = column(x)
     monkeypatch.setattr(compact, "kernels", kernels)
     gather = kernels.gather
     monkeypatch.setattr(kernels, "gather", lambda *given: launched.append(1) or gather(*given))
     with torch.no_grad():
         torch.testing.assert_close(column(x), conv(x))
         assert column(x).is_contiguous()
-        assert len(launched) == 2
+        with pytest.raises(RuntimeError):
+            column(torch.randn(1, 6, 0, 4, dtype=dtype))  # no image to read
+        assert len(launched) == 3
         nothing = ColumnConv2d(conv, torch.arange(0))
         torch.testing.assert_close(nothing(x), conv(x) * 0 + (conv.bias[:, None, None] if bias else 0))
-    assert len(launched) == 3
-    column(x).sum().backward()  # of the weights alone: by the kernel as well
-    mine, column.weight.grad = column.weight.grad, None
-    expected.sum().backward()
-    torch.testing.assert_close(mine, column.weight.grad)
-    assert len(launched) == 4
+        large = nn.Conv2d(6, 2, 8, padding=4).to(dtype)  # 64 taps: more than there are bits
+        assert kernels.gather(x, ColumnConv2d(large, torch.arange(384)), 384) is None
+        torch.testing.assert_close(ColumnConv2d(large, torch.arange(384))(x), large(x))
+        torch.testing.assert_close(nothing(x.requires_grad_()), nothing(x))
+
+
+def test_a_column_layer_goes_by_operators_where_more_than_numbers_is_asked_for(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 9, 3, padding=1), torch.randn(3, 6, 7, 5)
+    column = ColumnConv2d(conv, torch.arange(54))
+    reflected = nn.Conv2d(6, 9, 3, padding=1, padding_mode="reflect")
+    monkeypatch.setattr(compact, "kernels", kernels)
+    monkeypatch.setattr(kernels, "gather", lambda *_: pytest.fail("the kernel was asked"))
     x.requires_grad_()
     column(x).sum().backward()
-    (theirs,) = torch.autograd.grad(conv(x).sum(), x)
-    torch.testing.assert_close(x.grad, theirs)
-    torch.testing.assert_close(torch.export.export(column, (x,)).module()(x), expected)
-    reflected = nn.Conv2d(6, 9, 3, padding=1, padding_mode="reflect").to(dtype)
-    torch.testing.assert_close(ColumnConv2d(reflected, torch.arange(54))(x.detach()), reflected(x.detach()))
-    large = nn.Conv2d(6, 2, 8, padding=4).to(dtype)  # 64 taps: more than there are bits
-    torch.testing.assert_close(ColumnConv2d(large, torch.arange(384))(x.detach()), large(x.detach()))
-    assert len(launched) == 5, "the last one asks, and is told no"
+    (expected,) = torch.autograd.grad(conv(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+    x = x.detach()
+    with torch.no_grad():
+        expected = conv(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            traced = [torch.jit.trace(column, (x,), check_trace=False), torch.jit.script(column)]
+        traced.append(torch.fx.symbolic_trace(column))
+        for form in (*traced, torch.export.export(column, (x,)).module()):
+            with monkeypatch.context() as patch:
+                patch.setattr(kernels, "DEVICES", ())
+                torch.testing.assert_close(form(x), expected)
+        torch.testing.assert_close(ColumnConv2d(reflected, torch.arange(54))(x), reflected(x))
+        for wrong, error in ((x[:, :5], IndexError), (x.double(), RuntimeError), (torch.randn(3, 6, 7), IndexError)):
+            with pytest.raises(error):
+                column(wrong)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert column(x).dtype == torch.float32
+    monkeypatch.undo()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        ColumnConv2d(nn.Conv2d(2, 3, 5), torch.arange(9))(torch.randn(1, 2, 4, 4))  # smaller than the kernel
 
 
 def test_where_a_kernel_does_not_run_torchs_operators_stand_in(
@@ -99,10 +124,11 @@ def test_where_a_kernel_does_not_run_torchs_operators_stand_in(
     conv, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 6, 6)
     column = ColumnConv2d(conv, torch.arange(27))
     with torch.no_grad():
-        with pytest.warns(UserWarning, match=r"kernels do not run here \(no compiler\)"):
+        with pytest.warns(UserWarning, match=r"kernel _gather does not run here \(no compiler\)"):
             torch.testing.assert_close(column(x), conv(x))
         torch.testing.assert_close(column(x), conv(x))  # it is not tried again
-    assert kernels._hide is kernels._clear is kernels._gather is None
+    assert kernels._gather is None
+    assert kernels._hide is not None, "another kernel may still run"
 
 
 def test_gathering_compiles_for_a_gpu(ptx: Callable[..., str]) -> None:

@@ -151,7 +151,7 @@ def all_layers(sizes: Sizes, device: torch.device) -> tuple[pd.DataFrame, dict[s
     samples, outputs_s = timed(device, collect, network, graph, places, images, sizes.points, 0, size)
     for name, place in places.items():
         conv, positions = convolution(network, name), samples.pop(name)
-        reading = patches(network, graph, place, conv, images, positions, size, starts)
+        reading = patches(network, graph, place, images, positions, size, starts)
         chunks, extraction_s = timed(device, list, reading)
         moments, moments_s = timed(device, gather, chunks)
         chunks.clear()

@@ -11,6 +11,7 @@ Each takes the ReLU after it in. `bench_speed` times them.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -179,7 +180,9 @@ class GatheredConv2d(nn.Module):
         """(B, O, Ho, Wo), laid out as (O, B, Ho, Wo)."""
         read = kernels.gather(x, self, self.weight.shape[1], TILES["columns"])
         if read is None:
-            raise RuntimeError(f"engine='columns' is for a GPU, and the images are on {x.device}")
+            raise RuntimeError(
+                f"engine='columns' needs a GPU that Triton's kernel runs on; the images are on {x.device}"
+            )
         flat = read.flatten(1)
         rectified = self.relu and len(read)
         y = torch._addmm_activation(x.new_zeros(flat.shape[1]), self.weight, flat) if rectified else self.weight @ flat
@@ -210,7 +213,9 @@ def tune(layer: GatheredConv2d, x: Tensor) -> Tiles:
     for number, tiles in enumerate(tried):
         TILES[layer.engine] = tiles
         try:
-            made[number] = fast.Captured(layer, x)
+            with warnings.catch_warnings():  # instead of which the kernel would be given up
+                warnings.filterwarnings("error", message="Triton's kernel")
+                made[number] = fast.Captured(layer, x)
         except Exception as problem:  # more memory than a multiprocessor has, for one
             print(f"{layer.engine}, {tiles}: {problem}", flush=True)
     TILES[layer.engine] = tried[int(milliseconds(made, x, 5).median().idxmin()) if made else 0]  # type: ignore[arg-type]

@@ -137,10 +137,10 @@ def view(pruner: Pruner, kind: str) -> Iterator[None]:
     if kind not in VIEWS:
         raise ValueError(f"view {kind!r} must be one of {', '.join(VIEWS)}")
     p, random, shown = pruner._p, pruner.generator.get_state(), [weight.data for weight in pruner._parameters]
-    drawn = spp.draw(p, pruner.generator)
-    stays = {"sampled": drawn, "expected": 1 - p, "threshold": p < 0.5, "unmasked": p >= 0}[kind]
-    weight = pruner._weight * stays[pruner._columns] * stays[pruner._rows]
     try:
+        drawn = spp.draw(p, pruner.generator)
+        stays = {"sampled": drawn, "expected": 1 - p, "threshold": p < 0.5, "unmasked": p >= 0}[kind]
+        weight = pruner._weight * stays[pruner._columns] * stays[pruner._rows]
         pruner._show(pruner._views(weight.to(pruner._weight.dtype)))
         yield
     finally:
