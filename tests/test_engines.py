@@ -126,7 +126,7 @@ def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: py
     with pytest.raises(ValueError, match=r"kernel 8 x 8: .* at most 63 taps"):
         interpreted.GatheredConv2d(ColumnConv2d(nn.Conv2d(3, 4, 8), torch.arange(9)))
     monkeypatch.setattr(interpreted.kernels, "DEVICES", ("cuda",))
-    with pytest.raises(RuntimeError, match="engine='columns' is for a GPU, and the images are on cpu"):
+    with pytest.raises(RuntimeError, match=r"engine='columns' needs a GPU .*; the images are on cpu"):
         interpreted.GatheredConv2d(column)(torch.randn(1, 3, 8, 8))
     monkeypatch.setattr(interpreted, "triton", None)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
