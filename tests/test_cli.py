@@ -23,6 +23,14 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert len(capsys.readouterr().out) > 200
 
 
+def test_away_from_a_checkout_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sppkit.__main__.__file__", str(tmp_path / "sppkit" / "__main__.py"))
+    assert main(["check"]) == 1
+    assert "run this in a checkout of the repository" in capsys.readouterr().err
+
+
 def test_check_finds_this_environment_good(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["check", "--root", str(tmp_path)]) == 0
     out = capsys.readouterr().out

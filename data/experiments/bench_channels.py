@@ -137,8 +137,8 @@ def whole_path(moments: Moments, weight: Tensor, keep: int) -> tuple[int, Tensor
 def all_layers(sizes: Sizes, device: torch.device) -> tuple[pd.DataFrame, dict[str, float]]:
     """Seconds by layer of VGG-16, nothing pruned before it; seconds of the pass that samples all outputs; peak_gb.
 
-    extraction: the inputs, from the images on; path: the LASSO problem, its whole path, half the channels chosen once
-    more by `select`; refit: of those.
+    extraction: the inputs, on from the layer before where that was kept; path: the LASSO problem, its whole path, half
+    the channels chosen once more by `select`; refit: of those.
     """
     network, rows = vgg16(shrink=sizes.shrink).to(device), []
     images, graph = random_images(sizes.images, sizes.pixels, seed=0), trace(network)
