@@ -174,11 +174,12 @@ def test_the_way_of_a_gpu_through_the_benchmark(
     assert {*table.index} == {"dense", *bench.TRIALS, *trials, "dense, again"}
     assert table.loc[trials, "columns"].tolist() == [32 * 9 / 4, 4 * 16, 4 * 16]
     image = torch.randn(1, 3, 32, 32)
-    whole = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(32, 32, 3, padding=1)).eval()
+    whole = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.MaxPool2d(3), nn.Conv2d(32, 32, 3, padding=1))
+    whole = whole.extend([nn.ReLU(), nn.MaxPool2d(2)]).eval()
     nets = {"dense": whole, "columns": bench.fewer_columns(whole, image, 4)}
     nets[f"blocks of {bench.BLOCK}"] = bench.fewer_columns(whole, image, 4, kind=f"block{bench.BLOCK}")
     found = machine.table(nets, image).set_index("network")
-    assert [*found.index] == [*nets, "dense, library", "columns, gathered", "blocks of 16, gathered", "dense, again"]
+    assert [*found.index] == [*nets, "dense, library", "columns, gathered", "blocks of 16, fused", "dense, again"]
     assert (found["difference"] < 1e-4).all()
     assert (found["layers_ms"] > 0).all()
     assert found["form"].str.fullmatch("(NCHW|NHWC)(, dense)?(, in 32s)?(, ReLU inside|, own kernels)?").all()
@@ -188,6 +189,6 @@ def test_the_way_of_a_gpu_through_the_benchmark(
     monkeypatch.setattr(fast, "take_faster", lambda *_: None)
     monkeypatch.setattr(bench.Machine, "_take_from", lambda *_: None)
     wrong = machine.table(nets, image).set_index("network")["difference"]
-    assert (wrong[["columns, gathered", "blocks of 16, gathered"]] > 0.01).all()
+    assert (wrong[["columns, gathered", "blocks of 16, fused"]] > 0.01).all()
     widths = bench.by_width(machine)
     assert (widths["median_ms"] > 0).all()

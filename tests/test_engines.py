@@ -10,6 +10,7 @@ import engines
 import pandas as pd
 import pytest
 import torch
+from dense_layers import ImageConv2d, rectified
 from torch import Tensor, nn
 
 from sppkit.compact import ColumnConv2d
@@ -81,7 +82,7 @@ def test_the_order_of_columns_and_later_conversions_change_nothing(interpreted: 
     for engine in engines.ENGINES:
         made = interpreted.GatheredConv2d(column, engine)
         assert_equal(made, conv, x)
-        assert made.double().dense().weight.dtype == made.fused().weight.dtype == torch.float64
+        assert made.double().dense().weight.dtype == torch.float64
 
 
 def test_no_column_at_all(interpreted: ModuleType) -> None:
@@ -93,10 +94,10 @@ def test_no_column_at_all(interpreted: ModuleType) -> None:
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_a_network_of_them(interpreted: ModuleType, engine: str) -> None:
     """The first layer has no runs, and goes column by column."""
-    convs = [nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 4, 3, stride=2)]
+    convs = [nn.Conv2d(9, 32, 3, padding=1), nn.Conv2d(32, 4, 3, stride=2)]
     blocks = torch.arange(0, 16)[:, None] * 9 + torch.tensor([0, 4, 5])
-    columns = [ColumnConv2d(convs[0], torch.arange(0, 27, 3)), ColumnConv2d(convs[1], blocks.flatten().sort().values)]
-    network, x = nn.Sequential(columns[0], nn.ReLU(), columns[1]), torch.randn(2, 3, 8, 8)
+    columns = [ColumnConv2d(convs[0], torch.arange(0, 81, 9)), ColumnConv2d(convs[1], blocks.flatten().sort().values)]
+    network, x = nn.Sequential(columns[0], nn.ReLU(), columns[1]), torch.randn(2, 9, 8, 8)
     with torch.no_grad():
         expected = network(x)
         torch.testing.assert_close(interpreted.gathered(network, engine)(x), expected, rtol=1e-5, atol=1e-5)
@@ -112,6 +113,66 @@ def test_a_relu_goes_with_its_layer(interpreted: ModuleType, engine: str) -> Non
         expected = column(x).relu()
         torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
     assert 0.2 < float((expected == 0).float().mean()) < 0.8
+
+
+@pytest.mark.parametrize("warps", [2, 8])  # a window's places in rows 8 apart, or beside each other
+def test_pooling_goes_with_a_fused_layer_that_nothing_else_reads(interpreted: ModuleType, warps: int) -> None:
+    class Network(nn.Module):
+        def __init__(self, pool: nn.Module, twice: bool = False) -> None:
+            super().__init__()
+            self.conv, self.pool, self.twice = ColumnConv2d(conv, column.index), pool, twice
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.conv(x))
+            return self.pool(y).sum(1) + (y.mean() if self.twice else 0)
+
+    _, column = masked(32, 16, seed=7, padding=1)
+    conv = nn.Conv2d(32, 20, (3, 2), padding=1)
+    interpreted.TILES["fused"] |= {"num_warps": warps}
+    cases = [(nn.MaxPool2d(2), False, (6, 9)), (nn.MaxPool2d(2), False, (7, 9)), (nn.MaxPool2d(2), True, (6, 9))]
+    for pool, twice, size in [*cases, (nn.MaxPool2d(3), False, (6, 9)), (nn.AvgPool2d(2), False, (6, 9))]:
+        network, x = Network(pool, twice).eval(), torch.randn(3, 32, *size)
+        with torch.no_grad():
+            expected = network(x)
+            made = interpreted.gathered(rectified(network), "fused")
+            interpreted.pooled(made)
+            torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
+        assert made.conv.pool == (not twice and isinstance(pool, nn.MaxPool2d) and pool.kernel_size == 2)
+
+
+def test_an_image_is_read_by_a_kernel_of_its_own_or_by_columns(interpreted: ModuleType) -> None:
+    few, wide = (ColumnConv2d(nn.Conv2d(3, filters, 3), torch.arange(0, 27, 3)) for filters in (8, 130))
+    made = interpreted.gathered(nn.Sequential(few, nn.Conv2d(8, 3, 1), wide), "fused")
+    assert isinstance(made[0], ImageConv2d)
+    assert made[2].engine == "columns", "more filters than that kernel has"
+    full = torch.zeros(8, 27)
+    full[:, ::3] = few.weight.detach()
+    assert torch.equal(made[0].weight, full.T)
+
+
+def test_the_fastest_tiles_are_taken(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that the layer's filters ask for; what does not run is left out."""
+
+    def captured(work: Callable[[Tensor], Tensor], x: Tensor) -> nn.Module:
+        if layer.tiles["FILTERS"] == 128 and layer.tiles["PLACES"] == 64:
+            raise RuntimeError("too much memory")
+        return nn.Identity()
+
+    def milliseconds(made: dict[int, nn.Module], x: Tensor, rounds: int) -> pd.DataFrame:
+        assert made
+        return pd.DataFrame({number: [1.0 + number] for number in made})
+
+    monkeypatch.setattr(interpreted.fast, "Captured", captured)
+    monkeypatch.setattr(interpreted, "milliseconds", milliseconds)
+    for filters, tiles in ((7, 64), (128, 128), (600, 256)):
+        conv = nn.Conv2d(32, filters, 3, padding=1)
+        layer = interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(16) * 9), "fused")
+        interpreted.tune(nn.Sequential(layer), torch.randn(1, 32, 2, 2))
+        assert layer.tiles == interpreted.OTHERS[tiles][1 if tiles == 128 else 0]
+        assert not layer._forward_pre_hooks
+    monkeypatch.setattr(interpreted.fast, "Captured", lambda *_: 1 / 0)
+    interpreted.tune(nn.Sequential(layer), torch.randn(1, 32, 2, 2))
+    assert layer.tiles == interpreted.TILES["fused"], "nothing runs: as it was"
 
 
 def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +199,7 @@ def test_the_kernels_compile_for_a_gpu(engine: str, ptx: Callable[..., str]) -> 
     """Memory is read in vectors where neighbours go together."""
     tiles = engines.TILES[engine]
     constants = {"KH": 3, "KW": 3, "RUN": 16, "STEP": engines.STEP // 2, "RELU": True, **tiles}
+    constants |= {"POOL": True, "NEAR": 1}
     pointers = {"run": "*i32", "taps": "*i32"} | dict.fromkeys(("x", "read", "bias", "out"), "*bf16")
     weight = f"tensordesc<bf16[{engines.STEP // 2},{tiles.get('FILTERS')}]>"
     sixteen = ("sB", "sH", "sW", "filters")  # channels-last, 16 channels
@@ -147,25 +209,3 @@ def test_the_kernels_compile_for_a_gpu(engine: str, ptx: Callable[..., str]) -> 
     if engine == "fused":  # by 16 bytes, and of weights whole tiles
         assert "cp.async.cg.shared.global" in made
         assert "cp.async.bulk.tensor" in made
-
-
-def test_programs_are_cut_as_is_fastest(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, column = masked(3, 1, seed=0)
-    layer, tried = interpreted.GatheredConv2d(column), []
-
-    def captured(layer: nn.Module, x: Tensor) -> int:
-        tried.append(interpreted.TILES["columns"])
-        if len(tried) == 2:
-            raise RuntimeError("out of resources")
-        return len(tried)
-
-    def milliseconds(made: dict[int, int], x: Tensor, rounds: int) -> pd.DataFrame:
-        assert [*made] == [0, 2, 3, 4, 5]
-        return pd.DataFrame([{number: abs(number - 3.2) for number in made}])
-
-    monkeypatch.setattr(interpreted.fast, "Captured", captured)
-    monkeypatch.setattr(interpreted, "milliseconds", milliseconds)
-    assert interpreted.tune(layer, torch.randn(1, 3, 8, 8)) == tried[3] == interpreted.OTHERS["columns"][2]
-    assert interpreted.TILES["columns"] == tried[3]
-    monkeypatch.setattr(interpreted.fast, "Captured", lambda *_: 1 / 0)
-    assert interpreted.tune(layer, torch.randn(1, 3, 8, 8)) == tried[3], "nothing runs: as it was"

@@ -70,7 +70,7 @@ def ready(machine: Machine, network: nn.Module, example: Tensor) -> fast.Ready:
     """The fastest that there is of a network."""
     made = machine.ready(network, example)
     runs = any(isinstance(module, ColumnConv2d) for module in network.modules())
-    for engine in ("columns", "blocks") if runs and machine.gpu else ():
+    for engine in ("columns", "fused") if runs and machine.gpu else ():
         try:
             other = machine.gathered(network, example, engine)
         except Exception as problem:  # on trial

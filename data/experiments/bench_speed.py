@@ -49,7 +49,7 @@ SHARE = 0.25  # of the columns that are kept in single layers
 LAYERS = {"conv3_2": (256, 256, 56), "conv4_1": (256, 512, 28), "conv4_2": (512, 512, 28), "conv5_2": (512, 512, 14)}
 BLOCK = 16  # neighbouring input channels of one tap
 TOLERANCE = 0.1  # of outputs in bf16: random weights, factorised from few samples, reach half of it; it is recorded
-# engines on trial by what they are for; of a network the first, or the others where they are faster
+# engines on trial by what they are for; of a network the last
 TRIALS = {"columns": {"columns": "gathered"}, f"blocks of {BLOCK}": {"blocks": "gathered", "fused": "fused"}}
 RATIO, RESNET_RATIO = 4.0, 2.0  # of the networks' convolution MACs
 FACTORISATIONS = {TITLES[name]: method for name, method in channels.FACTORISATIONS.items() if method != "3c"}
@@ -145,16 +145,18 @@ class Machine:
             print(f"{name}, {len(example)} images: {problem}", flush=True)
 
     def gathered(self, network: nn.Module, example: Tensor, engine: str) -> fast.Ready:
-        """Columns by an engine on trial, fused or dense where that is faster, compared with the package's."""
+        """Columns by an engine on trial, dense where that is faster, compared with the package's."""
         how: dict[str, Any] = {"dtype": self.dtype, "channels_last": True, "tolerance": TOLERANCE}
         ready = fast.optimise(network, example, engine="columns", **how)
         with torch.no_grad():
-            expected = ready(example)
+            expected, read = ready(example), example.to(self.dtype, memory_format=ready.layout)
             ready.network = dense_layers.own_kernels(dense_layers.rectified(ready.network))
             engines.gathered(ready, engine)
-            if engine == "blocks":
-                fast.take_faster(ready, example, 5, engines.GatheredConv2d, "fused")
+            if engine == "fused":
+                engines.tune(ready.network, read)
                 fast.take_faster(ready, example, 5, engines.GatheredConv2d)
+                engines.pooled(ready.network)
+                engines.tune(ready.network, read)
             else:
                 self._take_from(ready, example)
             ready.difference += _apart(ready(example), expected)
@@ -219,7 +221,7 @@ class Machine:
         if self.gpu:
             ready[f"{first}, library"] = self.ready(networks[first], example, own=False)
         for name in [name for name in networks if self.gpu and name in TRIALS]:
-            engine, *_ = TRIALS[name]
+            *_, engine = TRIALS[name]
             try:
                 ready[f"{name}, {TRIALS[name][engine]}"] = self.gathered(networks[name], example, engine)
             except Exception as problem:  # on trial: what a GPU has against it is no reason to lose the others
@@ -431,20 +433,6 @@ def goals(single: pd.DataFrame, nets: pd.DataFrame, machine: Machine) -> pd.Data
     return frame.assign(met=frame["times"] >= frame["at_least"])
 
 
-def tuned(machine: Machine) -> dict[str, engines.Tiles]:
-    """How the engines' programs are cut here, by the speed of conv4_2."""
-    c, n, pixels = LAYERS["conv4_2"]
-    x = torch.randn(machine.sizes.layer_batch, c, pixels, pixels, device=machine.device, dtype=machine.dtype)
-    conv = nn.Conv2d(c, n, 3, padding=1, bias=False).to(x)
-    found = {}
-    for engine, block in (("columns", 1), ("fused", BLOCK)):
-        column = ColumnConv2d(conv, _drawn(c, block).to(x.device).nonzero().flatten())
-        layout = torch.contiguous_format if engine == "columns" else torch.channels_last
-        found[engine] = engines.tune(engines.GatheredConv2d(column, engine), x.to(memory_format=layout))
-    print(", ".join(f"{engine} in {tiles}" for engine, tiles in found.items()), flush=True)
-    return found
-
-
 class _With(nn.Module):
     """A layer that reads others beside its input."""
 
@@ -482,7 +470,6 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     about = machine.about("bench-speed", options.revision)
     limits = ceilings(machine)
     print(", ".join(f"{name} {value:.3g}/s" for name, value in limits.items()))
-    tiles = tuned(machine) if machine.gpu else None
     frames = {"layers": layers(machine, limits)}
     _show(frames["layers"].drop(columns=["threads", "device"]))
     frames["networks"] = whole(machine)
@@ -490,7 +477,7 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     if not options.quick:
         frames["goals"] = goals(frames["layers"], frames["networks"], machine)
         _show(frames["goals"])
-    record = about | {"sizes": asdict(sizes), "ceilings": limits, "tiles": tiles}
+    record = about | {"sizes": asdict(sizes), "ceilings": limits}
     record |= {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
     folder = options.root / ("build" if options.quick else "data/runs")
     append_line(folder / "bench-speed.jsonl", json.dumps(record, allow_nan=False))

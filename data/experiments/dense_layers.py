@@ -272,21 +272,23 @@ def _module(modules: dict[str, nn.Module], node: fx.Node) -> nn.Module | None:
 
 
 def own_kernels(network: nn.Module) -> nn.Module:
-    """The network, in place, with `MaxPool2d`, and `ImageConv2d` where `fast.fill_up` put zeros in front."""
+    """The network, in place, with `MaxPool2d`, and `ImageConv2d` where fewer than 8 channels are read, zeros aside."""
+    inside = {f"{name}.layer" for name, module in network.named_modules() if isinstance(module, Rectified | Summed)}
     for name, module in [*network.named_modules()]:
         if type(module) is nn.MaxPool2d:
             if module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1):
                 continue
             network.set_submodule(name, MaxPool2d(module.kernel_size, module.stride, module.padding))
-        elif isinstance(module, nn.ZeroPad3d) and name.endswith("0"):
-            behind = name.removesuffix("0") + "1"  # of nn.Sequential
-            found = network.get_submodule(behind)
-            conv = found.layer if isinstance(found, Rectified) else found
-            if not isinstance(conv, nn.Conv2d) or module.padding != (0, 0, 0, 0, 0, getattr(conv, "filled", 0)):
+        elif isinstance(module, Rectified | nn.Conv2d) and name not in inside:
+            conv, relu = (module.layer, True) if isinstance(module, Rectified) else (module, False)
+            filled = getattr(conv, "filled", 0)
+            if not isinstance(conv, nn.Conv2d) or conv.in_channels - filled >= 8:
                 continue
+            before = name.removesuffix("1") + "0"  # in the nn.Sequential of `fast.fill_up`
             try:
-                network.set_submodule(behind, ImageConv2d(conv, relu=conv is not found))
-                network.set_submodule(name, nn.Identity())
+                network.set_submodule(name, ImageConv2d(conv, relu=relu))
             except ValueError:  # too many columns, or filters
                 continue
+            if filled:
+                network.set_submodule(before, nn.Identity())
     return network

@@ -11,12 +11,13 @@ Each takes the ReLU after it in. `bench_speed` times them.
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+import contextlib
+from collections import Counter
+from typing import Any, cast
 
 import torch
-from dense_layers import Rectified
-from torch import Tensor, nn
+from dense_layers import ImageConv2d, Rectified, _pair
+from torch import Tensor, fx, nn
 
 from sppkit import fast, kernels
 from sppkit.compact import ColumnConv2d
@@ -31,17 +32,16 @@ TILES: dict[str, Tiles] = {
     "blocks": {"PLACES": 128, "COUNT": 8, "num_warps": 8},
     "fused": {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5},
 }
-OTHERS: dict[str, list[Tiles]] = {  # that `tune` tries
-    "columns": [
-        {"PLACES": places, "COUNT": count, "num_warps": warps}
-        for places, count, warps in ((256, 8, 8), (256, 16, 8), (512, 8, 8), (512, 16, 16), (1024, 8, 16))
+OTHERS: dict[int, list[Tiles]] = {  # that `tune` tries for "fused", by the filters that a program has
+    64: [{"PLACES": 128, "FILTERS": 64, "num_warps": 4, "num_stages": stages} for stages in (2, 4)],
+    128: [
+        {"PLACES": places, "FILTERS": 128, "num_warps": 4, "num_stages": stages}
+        for places, stages in ((64, 2), (128, 4))
     ],
-    "fused": [
-        {"PLACES": places, "FILTERS": filters, "num_warps": 4, "num_stages": stages}
-        for places, filters, stages in ((64, 256, 4), (64, 256, 5), (128, 128, 5), (64, 64, 4))
-    ],
+    256: [{"PLACES": 64, "FILTERS": 256, "num_warps": 4, "num_stages": 3}, TILES["fused"]],
 }
 STEP = 128  # bytes of columns that `fused` multiplies at once
+BY_TWO = [(2, 2), (2, 2), (0, 0), (1, 1)]  # kernel, stride, padding and dilation of a pooling
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
     import triton
@@ -71,13 +71,26 @@ else:
             tl.store(to, value, mask=((at < places) & (r < runs))[:, None])
 
     @triton.jit
+    def _larger(a, b):  # type: ignore[no-untyped-def]
+        return tl.maximum(a, b)
+
+    @triton.jit
     def _fused(  # type: ignore[no-untyped-def]
         x, run, taps, weight, bias, out, runs, places, filters, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh,
         dw, KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
-        STEP: tl.constexpr, RELU: tl.constexpr,
+        STEP: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, NEAR: tl.constexpr,
     ):  # fmt: skip
         parts, column = (filters + FILTERS - 1) // FILTERS, tl.arange(0, STEP)
-        part, at = tl.program_id(0) % parts, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
+        part, tile, row = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.arange(0, PLACES)
+        BETWEEN: tl.constexpr = PLACES // (4 * NEAR) if NEAR > 1 else 4
+        SETS: tl.constexpr = PLACES // (4 * BETWEEN * NEAR)
+        if POOL:  # rows NEAR and 2 * NEAR * BETWEEN apart are places of one window
+            window = (row // (4 * NEAR * BETWEEN) * BETWEEN + row // (2 * NEAR) % BETWEEN) * NEAR + row % NEAR
+            window += tile * (PLACES // 4)
+            line = window // (Wo // 2) * 2 + row // (2 * NEAR * BETWEEN) % 2
+            at = line * Wo + window % (Wo // 2) * 2 + row // NEAR % 2
+        else:
+            at = tile * PLACES + row
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
         NOWHERE: tl.constexpr = 31 if KH * KW < 32 else 63
         if NOWHERE == 31:
@@ -92,6 +105,11 @@ else:
             there = tl.max_constancy((inside[:, None] >> tap[None, :]) & 1 == 1, (1, RUN))
             a = tl.load(x + (base[:, None] + offset[None, :]), mask=there, other=0)
             total = tl.dot(a, weight.load([first, part * FILTERS]), total, input_precision="ieee")
+        if POOL:
+            total = tl.reshape(total, (SETS, 2, BETWEEN, 2, NEAR, FILTERS))
+            total = tl.reduce(tl.reduce(total, 1, _larger), 2, _larger)
+            total = tl.reshape(total, (PLACES // 4, FILTERS))
+            at, places = tile * (PLACES // 4) + tl.arange(0, PLACES // 4), places // 4
         total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
         total = tl.maximum(total, 0.0) if RELU else total
         to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
@@ -154,14 +172,11 @@ class GatheredConv2d(nn.Module):
         self.bias = None if bias is None or engine == "columns" else nn.Parameter(bias.detach())
         self.register_buffer("index", index.int())
         self.column, self.relu = (column,), relu  # no submodule; `fast.take_faster` asks for other forms
+        self.tiles, self.pool = TILES[engine], False
 
     def dense(self) -> nn.Module:
         conv = self.column[0].dense().to(self.weight)
         return Rectified(conv) if self.relu else conv
-
-    def fused(self) -> nn.Module:
-        """Itself where its columns go in no runs."""
-        return GatheredConv2d(self.column[0], "fused", relu=self.relu).to(self.weight) if self.run > 1 else self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.engine == "columns":
@@ -173,12 +188,14 @@ class GatheredConv2d(nn.Module):
         Wo = (W + left + right - dw * (kw - 1) - 1) // self.stride[1] + 1
         sB, _, sH, sW = x.stride()
         rest = (sB, sH, sW, *self.stride, top, left, dh, dw, kh, kw)
-        y = (self._by_blocks if self.engine == "blocks" else self._at_once)(x, (B * Ho * Wo, H, W, Ho, Wo), rest)
-        return y.unflatten(0, (B, Ho, Wo)).permute(0, 3, 1, 2)
+        inside = self.pool and self.engine == "fused" and Ho % 2 == Wo % 2 == 0  # of the kernel
+        y = (self._at_once if self.engine == "fused" else self._by_blocks)(x, (B * Ho * Wo, H, W, Ho, Wo), rest, inside)
+        y = y.unflatten(0, (B, Ho // 2, Wo // 2) if inside else (B, Ho, Wo)).permute(0, 3, 1, 2)
+        return nn.functional.max_pool2d(y, 2) if self.pool and not inside else y
 
     def _by_columns(self, x: Tensor) -> Tensor:
         """(B, O, Ho, Wo), laid out as (O, B, Ho, Wo)."""
-        read = kernels.gather(x, self, self.weight.shape[1], TILES["columns"])
+        read = kernels.gather(x, self, self.weight.shape[1], self.tiles)
         if read is None:
             raise RuntimeError(
                 f"engine='columns' needs a GPU that Triton's kernel runs on; the images are on {x.device}"
@@ -188,51 +205,86 @@ class GatheredConv2d(nn.Module):
         y = torch._addmm_activation(x.new_zeros(flat.shape[1]), self.weight, flat) if rectified else self.weight @ flat
         return y.unflatten(1, read.shape[1:]).transpose(0, 1)
 
-    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        runs, kernel, how = len(self.runs), globals()["_blocks"], TILES["blocks"]
+    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], _: bool) -> Tensor:
+        runs, kernel, how = len(self.runs), globals()["_blocks"], self.tiles
         read = x.new_empty(sizes[0], runs * self.run)
         grid = (triton.cdiv(runs, how["COUNT"]) * triton.cdiv(sizes[0], how["PLACES"]),)
         kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, RUN=self.run, **how)
         bias = x.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
         return (torch._addmm_activation if self.relu else torch.addmm)(bias, read, self.weight)
 
-    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        filters, kernel, how = self.column[0].out_channels, globals()["_fused"], TILES["fused"]
+    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], pool: bool) -> Tensor:
+        filters, kernel, how = self.column[0].out_channels, globals()["_fused"], self.tiles
         bias, step = x.new_zeros(filters) if self.bias is None else self.bias, STEP // x.element_size()
-        y = x.new_empty(sizes[0], filters)
+        y = x.new_empty(sizes[0] // 4 if pool else sizes[0], filters)
         grid = (triton.cdiv(filters, how["FILTERS"]) * triton.cdiv(sizes[0], how["PLACES"]),)
         weight = TensorDescriptor.from_tensor(self.weight.data, [step, how["FILTERS"]])
         given = (x, self.runs, self.taps, weight, bias, y, len(self.runs), sizes[0], filters)
-        kernel[grid](*given, *sizes[1:], *rest, RUN=self.run, STEP=step, RELU=self.relu, **how)
+        near = 8 if how["PLACES"] >= 32 * how["num_warps"] else 1  # a thread's rows of a product are 8 apart, and more
+        how = {**how, "RUN": self.run, "STEP": step, "RELU": self.relu, "POOL": pool, "NEAR": near}
+        kernel[grid](*given, *sizes[1:], *rest, **how)
         return y
 
 
-def tune(layer: GatheredConv2d, x: Tensor) -> Tiles:
-    """Set TILES of the layer's engine, on a GPU, to what is fastest for it, and return them."""
-    tried, made = [TILES[layer.engine], *OTHERS.get(layer.engine, [])], dict[int, nn.Module]()
+def tune(network: nn.Module, example: Tensor) -> None:
+    """Set `tiles` of every `GatheredConv2d` by "fused" in a network, on a GPU, to what is fastest for what it reads."""
+    layers = [module for module in network.modules() if isinstance(module, GatheredConv2d) and module.engine == "fused"]
+    hooks = [layer.register_forward_pre_hook(lambda layer, x: _tune(layer, x[0])) for layer in layers]
+    try:
+        network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tune(layer: nn.Module, x: Tensor) -> None:
+    assert isinstance(layer, GatheredConv2d)
+    filters = layer.column[0].out_channels
+    tried = OTHERS[next((width for width in OTHERS if filters <= width), max(OTHERS))]
+    made = dict[int, nn.Module]()
     for number, tiles in enumerate(tried):
-        TILES[layer.engine] = tiles
+        layer.tiles = tiles
         try:
-            with warnings.catch_warnings():  # instead of which the kernel would be given up
-                warnings.filterwarnings("error", message="Triton's kernel")
-                made[number] = fast.Captured(layer, x)
+            made[number] = fast.Captured(cast(Any, layer.forward), x)  # no hook is called
         except Exception as problem:  # more memory than a multiprocessor has, for one
             print(f"{layer.engine}, {tiles}: {problem}", flush=True)
-    TILES[layer.engine] = tried[int(milliseconds(made, x, 5).median().idxmin()) if made else 0]  # type: ignore[arg-type]
-    return TILES[layer.engine]
+    layer.tiles = tried[int(milliseconds(made, x, 5).median().idxmin())] if made else TILES["fused"]  # type: ignore[arg-type]
+
+
+def pooled(network: fx.GraphModule) -> None:
+    """Let layers by "fused" take in, in place, a max pooling by 2 that alone reads what they give."""
+    modules, nodes = dict(network.named_modules()), [*network.graph.nodes]
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    for node in nodes:
+        pool, read = modules.get(str(node.target)), cast(fx.Node, node.args[0] if node.args else node)
+        if node.op != "call_module" or not isinstance(pool, nn.MaxPool2d) or pool.ceil_mode or pool.return_indices:
+            continue
+        layer = modules.get(str(read.target)) if read.op == "call_module" and calls[read.target] == 1 else None
+        by_two = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)] == BY_TWO
+        if by_two and isinstance(layer, GatheredConv2d) and layer.engine == "fused" and len(read.users) == 1:
+            layer.pool = True
+            node.replace_all_uses_with(read)
+            network.graph.erase_node(node)
+    network.recompile()
 
 
 def gathered(network: nn.Module, engine: str = "columns") -> nn.Module:
     """The network with its column convolutions, in place, by this engine where it can be, by "columns" elsewhere.
 
-    A ReLU around one (`rectified`) goes inside.
+    A ReLU around one (`rectified`) goes inside. What reads an image, of few channels, is an `ImageConv2d` if it can be.
     """
     around = {module.layer: name for name, module in network.named_modules() if isinstance(module, Rectified)}
     for name, module in [*network.named_modules()]:
         if isinstance(module, ColumnConv2d):
-            place, relu = around.get(module, name), module in around
-            try:
-                network.set_submodule(place, GatheredConv2d(module, engine, relu=relu))
-            except ValueError:
-                network.set_submodule(place, GatheredConv2d(module, relu=relu))
+            network.set_submodule(around.get(module, name), _gathered(module, engine, module in around))
     return network
+
+
+def _gathered(column: ColumnConv2d, engine: str, relu: bool) -> nn.Module:
+    makes: list[Any] = [lambda: GatheredConv2d(column, engine, relu=relu), lambda: GatheredConv2d(column, relu=relu)]
+    if column.in_channels < ROWS:
+        makes.insert(0, lambda: ImageConv2d(column.dense(), relu=relu))
+    for make in makes[:-1]:
+        with contextlib.suppress(ValueError):
+            return cast(nn.Module, make())
+    return cast(nn.Module, makes[-1]())
