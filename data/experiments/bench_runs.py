@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from bench_channels import _show
 from bench_speed import FULL, QUICK, Machine, with_widths, without_groups
 from driver import append_line
+from engines import run_length
 from settings import lines
 from torch import Tensor, nn
 from training import networks
@@ -69,8 +71,9 @@ def resized(network: nn.Module, shapes: dict[str, tuple[int, int]]) -> nn.Module
 def ready(machine: Machine, network: nn.Module, example: Tensor) -> fast.Ready:
     """The fastest that there is of a network."""
     made = machine.ready(network, example)
-    runs = any(isinstance(module, ColumnConv2d) for module in network.modules())
-    for engine in ("columns", "fused") if runs and machine.gpu else ():
+    found = [module for module in network.modules() if isinstance(module, ColumnConv2d) and machine.gpu]
+    blocks = any(run_length(module.index, math.prod(module.kernel_size)) > 1 for module in found)
+    for engine in ("columns", "fused") if blocks else ("columns",) if found else ():
         try:
             other = machine.gathered(network, example, engine)
         except Exception as problem:  # on trial
