@@ -156,7 +156,7 @@ def test_what_the_library_s_functions_would_pad_otherwise_stays_a_layer(how: dic
 def test_padding_and_pooling_of_one_s_own_stay() -> None:
     pad = nn.Sequential(nn.ZeroPad3d((1, 1, 1, 1, 0, 0)), nn.Conv2d(3, 8, 3))
     kinds = [type(module) for module in dense_layers.own_kernels(pad).modules()]
-    assert kinds == [nn.Sequential, nn.ZeroPad3d, nn.Conv2d]
+    assert kinds == [nn.Sequential, nn.ZeroPad3d, dense_layers.ImageConv2d]
     both = nn.Sequential(nn.MaxPool2d(2, return_indices=True))
     assert type(dense_layers.own_kernels(both)[0]) is nn.MaxPool2d  # type: ignore[index]
     x = torch.randn(3, 4, 4)
