@@ -189,7 +189,8 @@ class GatheredConv2d(nn.Module):
         sB, _, sH, sW = x.stride()
         rest = (sB, sH, sW, *self.stride, top, left, dh, dw, kh, kw)
         inside = self.pool and self.engine == "fused" and Ho % 2 == Wo % 2 == 0  # of the kernel
-        y = (self._at_once if self.engine == "fused" else self._by_blocks)(x, (B * Ho * Wo, H, W, Ho, Wo), rest, inside)
+        sizes = (B * Ho * Wo, H, W, Ho, Wo)
+        y = self._at_once(x, sizes, rest, inside) if self.engine == "fused" else self._by_blocks(x, sizes, rest)
         y = y.unflatten(0, (B, Ho // 2, Wo // 2) if inside else (B, Ho, Wo)).permute(0, 3, 1, 2)
         return nn.functional.max_pool2d(y, 2) if self.pool and not inside else y
 
@@ -205,7 +206,7 @@ class GatheredConv2d(nn.Module):
         y = torch._addmm_activation(x.new_zeros(flat.shape[1]), self.weight, flat) if rectified else self.weight @ flat
         return y.unflatten(1, read.shape[1:]).transpose(0, 1)
 
-    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], _: bool) -> Tensor:
+    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
         runs, kernel, how = len(self.runs), globals()["_blocks"], self.tiles
         read = x.new_empty(sizes[0], runs * self.run)
         grid = (triton.cdiv(runs, how["COUNT"]) * triton.cdiv(sizes[0], how["PLACES"]),)
