@@ -197,6 +197,55 @@ def test_what_is_no_image_s_convolution_is_refused(conv: nn.Conv2d) -> None:
         dense_layers.ImageConv2d(conv)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (2, 5), "padding": (0, 3), "bias": False},
+        {"kernel_size": (1, 2), "stride": (2, 1), "dilation": (3, 1)},
+        {"kernel_size": 4, "padding": 2, "stride": (3, 1)},
+    ],
+)
+def test_a_convolution_of_two_places_at_once(how: dict[str, Any], relu: bool) -> None:
+    conv = nn.Conv2d(8, 5, **how)
+    made = dense_layers.PairedConv2d(conv, relu=relu)
+    assert made.weight.shape[0] == 10
+    with torch.no_grad():
+        for width in (10, 11):
+            for x in laid(torch.randn(2, 8, 9, width)):
+                expected = conv(x).relu() if relu else conv(x)
+                torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ({"kernel_size": (3, 1)}, "share what they read"),
+        ({"kernel_size": 3, "stride": 2}, "share what they read"),
+        ({"kernel_size": 3, "dilation": 2}, "share what they read"),
+        ({"kernel_size": 3, "groups": 2}, "share what they read"),
+        ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, "padding is of zeros"),
+    ],
+)
+def test_neighbours_that_share_nothing_are_no_pair(how: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=rf"Conv2d\(8, 4.*: .*{problem}"):
+        dense_layers.PairedConv2d(nn.Conv2d(8, 4, **how))
+
+
+def test_narrow_layers_go_in_pairs() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 40, 3), nn.Conv2d(40, 8, 1)
+    ).eval()
+    x = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        expected = network(x)
+        made = dense_layers.paired(dense_layers.rectified(network))
+        torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
+    kinds = [type(module) for module in made.children() if not isinstance(module, nn.ReLU)]
+    assert kinds == [dense_layers.Rectified, dense_layers.PairedConv2d, nn.Conv2d, nn.Conv2d]
+
+
 def test_without_triton_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_layers, "triton", None)
     with pytest.raises(RuntimeError, match="Triton is not installed"):

@@ -197,6 +197,33 @@ def test_what_dense_layers_are_spared_on_trial_changes_no_answer(name):
     assert nn.MaxPool2d not in kinds
 
 
+@pytest.mark.parametrize("tiles", engines.OTHERS[64] + engines.OTHERS[128] + engines.OTHERS[256])
+def test_a_fused_layer_takes_a_pooling_in(tiles):
+    torch.manual_seed(0)
+    x = torch.randn(3, 96, 14, 18, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(96, tiles["FILTERS"], 3, padding=1).to(x)
+    keep = (torch.rand(6, 9, device="cuda") < 0.3).repeat_interleave(16, 0).flatten()
+    conv.weight.data.flatten(1)[:, ~keep] = 0
+    layer = engines.GatheredConv2d(ColumnConv2d(conv, keep.nonzero().flatten()), "fused", relu=True)
+    layer.tiles, layer.pool = tiles, True
+    with torch.no_grad():
+        expected = nn.functional.max_pool2d(conv.double()(x.double()).relu(), 2)
+        found = layer(x)
+    assert found.shape == expected.shape == (3, tiles["FILTERS"], 7, 9)
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("width", [16, 17])
+def test_two_places_at_once_on_a_gpu(width):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 32, 3, padding=1).to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(3, 32, 9, width, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        found, expected = dense_layers.PairedConv2d(conv, relu=True)(x), conv.double()(x.double()).relu()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-2
+
+
 def test_max_pooling_on_trial_is_torch_s():
     x = torch.randn(4, 40, 29, 30, device="cuda", dtype=torch.bfloat16)
     x[1, 2, 2, 4] = float("nan")

@@ -116,13 +116,17 @@ class Machine:
         if self.gpu:
             layouts |= {f"{name}, in 32s": {**given, "multiple": 32} for name, given in [*layouts.items()][1:]}
         made = dict[str, fast.Ready]()
+        narrow = any(conv.out_channels <= dense_layers.NARROW for conv in convolutions(network).values())
         for layout, given in layouts.items():
             made[layout] = fast.optimise(network, example, **given, **how)
             if self.gpu and layout != "NCHW":
                 inside = f"{layout}, ReLU inside"
                 self._try(made, layout, inside, dense_layers.rectified, example)
                 if own:
-                    self._try(made, inside, f"{layout}, own kernels", dense_layers.own_kernels, example)
+                    kernels = f"{layout}, own kernels"
+                    self._try(made, inside, kernels, dense_layers.own_kernels, example)
+                    if narrow:
+                        self._try(made, kernels, f"{kernels}, in pairs", dense_layers.paired, example)
         for form, each in made.items():
             each.form = form  # type: ignore[assignment]
             if self.gpu:
@@ -181,7 +185,7 @@ class Machine:
     def by_layer(self, ready: fast.Ready, example: Tensor) -> dict[str, float]:
         """Milliseconds of convolutions, with padding, ReLUs and sums inside, each by itself on the input it gets."""
         kinds: tuple[Any, ...] = (dense_layers.Rectified, dense_layers.Summed, dense_layers.ImageConv2d)
-        kinds += (engines.GatheredConv2d, ColumnConv2d, nn.Conv2d, nn.ZeroPad3d)
+        kinds += (dense_layers.PairedConv2d, engines.GatheredConv2d, ColumnConv2d, nn.Conv2d, nn.ZeroPad3d)
         found, inputs = dict[str, nn.Module](), dict[str, list[Tensor]]()
         for name, module in ready.network.named_modules():
             if isinstance(module, kinds) and name.rpartition(".")[0] not in found:

@@ -5,11 +5,13 @@ Dense networks gain as pruned ones do, so `bench_speed` gives them to both.
     Rectified    a convolution and the ReLU after it: the output is written once
     Summed       a convolution, what is added to it, and the ReLU after the sum, in one go
     ImageConv2d  a convolution of few columns, as those of an image are: read as it lies, in no multiple of 8 channels
+    PairedConv2d a convolution of few filters: two places of a row at once, by the library
     MaxPool2d    max pooling by a kernel of our own, in the layout that it finds
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
 from typing import Any, cast
@@ -23,6 +25,7 @@ from sppkit.compact import SUMS, ColumnConv2d, SampledConv2d, trace
 RELUS = (F.relu, torch.relu)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, "add_")
 FEW = 256  # columns of an `ImageConv2d` at most
+NARROW = 32  # filters of a `PairedConv2d` at most
 STEP = 32  # columns that it multiplies at once
 TILES = {"image": {"PLACES": 128, "num_warps": 4}, "pool": {"NUMBERS": 2048, "num_warps": 4}}  # of a program
 try:
@@ -156,6 +159,46 @@ class ImageConv2d(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
+class PairedConv2d(nn.Module):
+    """A convolution that gives two neighbours of a row at once, with the ReLU after it where `relu` says so.
+
+    Twice the filters on a kernel wider by one, the second half of them a tap later, by a stride of 2: a library reads
+    the input for both, and has filters enough for its kernels. A row of an odd number is computed place by place.
+
+    ValueError where neighbours share nothing, or for other padding than of zeros.
+    """
+
+    def __init__(self, conv: nn.Conv2d, *, relu: bool = False) -> None:
+        super().__init__()
+        if not _is_plain(conv):
+            raise ValueError(f"{conv}: padding is of zeros, in numbers")
+        if (conv.stride[1], conv.dilation[1], conv.groups) != (1, 1, 1) or conv.kernel_size[1] == 1:
+            raise ValueError(
+                f"{conv}: neighbours of a row share what they read by a stride, a dilation and groups of 1"
+            )
+        weight, bias = conv.weight.detach(), conv.bias
+        both = torch.cat([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))])  # (2 O, C, KH, KW + 1)
+        self.weight = nn.Parameter(both.contiguous(memory_format=torch.channels_last))
+        self.bias = nn.Parameter(weight.new_zeros(len(both)) if bias is None else bias.detach().repeat(2))
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.dilation, self.relu = conv.dilation, relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        Ho, Wo = _size(x, self)
+        weight, bias, down, filters = self.weight, self.bias, self.stride[0], len(self.bias) // 2
+        if Wo % 2:
+            return self._conv(x, weight[:filters, :, :, :-1].contiguous(), bias[:filters], (down, 1))
+        y = self._conv(x, weight, bias, (down, 2)).permute(0, 2, 3, 1)
+        return y.reshape(len(x), Ho, Wo, filters).permute(0, 3, 1, 2)
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
+        moves: tuple[Any, ...] = (stride, self.padding, self.dilation, 1)
+        if self.relu and x.is_cuda:
+            return torch.cudnn_convolution_relu(x, weight, bias, *moves)
+        y = F.conv2d(x, weight, bias, *moves)
+        return F.relu(y) if self.relu else y
+
+
 class MaxPool2d(nn.MaxPool2d):
     """The same as torch's, on a GPU; what lies in an order that the kernel does not know, by torch's."""
 
@@ -273,22 +316,36 @@ def _module(modules: dict[str, nn.Module], node: fx.Node) -> nn.Module | None:
 
 def own_kernels(network: nn.Module) -> nn.Module:
     """The network, in place, with `MaxPool2d`, and `ImageConv2d` where fewer than 8 channels are read, zeros aside."""
-    inside = {f"{name}.layer" for name, module in network.named_modules() if isinstance(module, Rectified | Summed)}
     for name, module in [*network.named_modules()]:
         if type(module) is nn.MaxPool2d:
             if module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1):
                 continue
             network.set_submodule(name, MaxPool2d(module.kernel_size, module.stride, module.padding))
-        elif isinstance(module, Rectified | nn.Conv2d) and name not in inside:
-            conv, relu = (module.layer, True) if isinstance(module, Rectified) else (module, False)
-            filled = getattr(conv, "filled", 0)
-            if not isinstance(conv, nn.Conv2d) or conv.in_channels - filled >= 8:
-                continue
-            before = name.removesuffix("1") + "0"  # in the nn.Sequential of `fast.fill_up`
-            try:
+    for name, conv, relu in _convolutions(network):
+        filled = getattr(conv, "filled", 0)
+        if conv.in_channels - filled < 8:
+            with contextlib.suppress(ValueError):  # too many columns, or filters
                 network.set_submodule(name, ImageConv2d(conv, relu=relu))
-            except ValueError:  # too many columns, or filters
-                continue
-            if filled:
-                network.set_submodule(before, nn.Identity())
+                if filled:  # by `fast.fill_up`, in an nn.Sequential
+                    network.set_submodule(name.removesuffix("1") + "0", nn.Identity())
     return network
+
+
+def paired(network: nn.Module) -> nn.Module:
+    """The network, in place, with `PairedConv2d` where 8 channels and more are read by NARROW filters and fewer."""
+    for name, conv, relu in _convolutions(network):
+        if conv.in_channels >= 8 and conv.out_channels <= NARROW:
+            with contextlib.suppress(ValueError):  # neighbours share nothing
+                network.set_submodule(name, PairedConv2d(conv, relu=relu))
+    return network
+
+
+def _convolutions(network: nn.Module) -> list[tuple[str, nn.Conv2d, bool]]:
+    """Of plain convolutions: the name of the module that one is or is inside of, the layer, whether a ReLU follows."""
+    inside = {f"{name}.layer" for name, module in network.named_modules() if isinstance(module, Rectified | Summed)}
+    found = []
+    for name, module in network.named_modules():
+        conv = module.layer if isinstance(module, Rectified) else module
+        if isinstance(conv, nn.Conv2d) and name not in inside:
+            found.append((name, conv, conv is not module))
+    return found
