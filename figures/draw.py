@@ -98,6 +98,7 @@ def lost_over_speed(times: pd.DataFrame, *lists: pd.DataFrame) -> Figure:
         ax.invert_yaxis()
         ax.set_title(f"{network}\n{machine}, {group['precision'].iloc[0]}, batch {group['batch'].iloc[0]}", fontsize=10)
         ax.set(xlabel="times the dense network's speed", ylabel="points lost")
+        ax.locator_params(axis="x", nbins=6)
     seeds = times.groupby("title")["n"].unique().map(lambda found: ", ".join(map(str, sorted(found))))
     names = {title: f"{title} (n={seeds[title]})" for title in colours}
     handles = [plt.Line2D([], [], color=c, marker="o", ls="", label=names[title]) for title, c in colours.items()]
