@@ -25,8 +25,8 @@ from sppkit.compact import SUMS, ColumnConv2d, SampledConv2d, trace
 RELUS = (F.relu, torch.relu)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, "add_")
 FEW = 256  # columns of an `ImageConv2d` at most
-NARROW = 32  # filters of a `PairedConv2d` at most
 STEP = 32  # columns that it multiplies at once
+NARROW = 32  # filters of a `PairedConv2d` at most
 TILES = {"image": {"PLACES": 128, "num_warps": 4}, "pool": {"NUMBERS": 2048, "num_warps": 4}}  # of a program
 try:
     import triton
@@ -163,7 +163,7 @@ class PairedConv2d(nn.Module):
     """A convolution that gives two neighbours of a row at once, with the ReLU after it where `relu` says so.
 
     Twice the filters on a kernel wider by one, the second half of them a tap later, by a stride of 2: a library reads
-    the input for both, and has filters enough for its kernels. A row of an odd number is computed place by place.
+    the input for both, and has filters enough for its kernels. A row of odd length is computed place by place.
 
     ValueError where neighbours share nothing, or for other padding than of zeros.
     """
