@@ -13,7 +13,11 @@ max_response  those made by the filters of largest L1 norm                    Li
 random        any
 thinet        what is left when channels go one by one, each time the one     Luo et al., ICCV 2017
               that leaves the least energy in the sum of those gone
+inverse       what LASSO picks for targets mapped through BatchNorm's         CP-code, for ResNets with BatchNorm
+              inverse, see `bare_problem`; without a BatchNorm as "lasso"
 """
+
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +58,22 @@ def paper_problem(moments: Moments, weight: Tensor, bias: Tensor) -> tuple[Tenso
     Z, Y = (W * mean).sum(2), moments.mean_y - bias.detach().to(moments.xtx)  # means (n, c), (n,)
     gram, correlation = (gram + Z.T @ Z) / n, (correlation + Z.T @ Y) / n
     return gram - torch.outer(Z.mean(0), Z.mean(0)), correlation - Z.mean(0) * Y.mean()
+
+
+def bare_problem(moments: Moments, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`lasso_problem` of a convolution without the BatchNorm that is folded into it, which multiplies by `scale` (n,).
+
+    Its targets are the others mapped through BatchNorm's inverse, so an output counts 1 / scale^2 as much. The refit is
+    of each output alone and stays the same: only the choice differs.
+
+    >>> moments = Moments().add(torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0, 6.0], [-2.0, -6.0]]))
+    >>> folded, scale = torch.tensor([2.0, 6.0]).view(2, 1, 1, 1), torch.tensor([1.0, 3.0])
+    >>> [value.round(decimals=6).tolist() for value in bare_problem(moments, folded, scale)]
+    [[[1.0]], [2.828427]]
+    """
+    bare, by = copy.copy(moments), scale.to(moments.xtx)
+    bare.xty = moments.xty / by
+    return lasso_problem(bare, weight.detach().to(by) / by[:, None, None, None])
 
 
 def search(gram: Tensor, correlation: Tensor, keep: int, *, start: float = 1e-3, tolerance: float = 0.1) -> Selection:
@@ -107,7 +127,7 @@ def _alternating(moments: Moments, weight: Tensor, keep: int) -> Selection:
     return _lasso(moments, shrinking, keep)
 
 
-CHOICES = ("lasso", "alternating", "paper", "first_k", "max_response", "random", "thinet")
+CHOICES = ("lasso", "alternating", "paper", "first_k", "max_response", "random", "thinet", "inverse")
 
 
 def choose(
@@ -119,25 +139,29 @@ def choose(
     few: Moments | None = None,
     producer: Tensor | None = None,
     generator: torch.Generator | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, float, float]:
     """Kept channels (keep,) ascending, and LASSO's alpha and violation, 0 for the others; dead ones are its last.
 
     few: moments of the samples that "paper" sees, all by default. producer: weight (c, ...) of the filters that make
-    the input, if one convolution makes it. generator: of "random". Raises ValueError for an unknown name, keep out of
-    1..c, "max_response" without a producer.
+    the input, if one convolution makes it. generator: of "random". scale: (n,) of a BatchNorm that is folded into the
+    convolution, for "inverse". Raises ValueError for an unknown name, keep out of 1..c, "max_response" without a
+    producer.
     """
     weight, c = conv.weight.detach(), conv.in_channels
     if name not in CHOICES:
         raise ValueError(f"select={name!r} must be one of {', '.join(CHOICES)}")
     if not 1 <= keep <= c:
         raise ValueError(f"keep={keep} must lie in 1..{c}")
-    if name in ("lasso", "alternating", "paper"):
+    if name in ("lasso", "inverse", "alternating", "paper"):
         if name == "paper":
             bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias
             gram, correlation = paper_problem(moments if few is None else few, weight, bias)
             found = search(gram, correlation, keep)
+        elif name == "inverse" and scale is not None:
+            found = select(*bare_problem(moments, weight, scale), keep)
         else:
-            found = (_lasso if name == "lasso" else _alternating)(moments, weight, keep)
+            found = (_alternating if name == "alternating" else _lasso)(moments, weight, keep)
         return found.kept, found.alpha, found.violation
     if name == "max_response":
         if producer is None:

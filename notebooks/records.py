@@ -154,6 +154,7 @@ def departures(settings: dict[str, Any]) -> str:
     found = {key: settings[key] for key in texts if settings.get(key, plain[key]) != plain[key]}
     names = {**TITLES, "taylor": "gradient · weight", "first": "first norms", "raw": "norms, not their ranks"}
     names |= {"history": "summed norms", "masked": "summed norms, masked"}
+    names |= {"inverse": "LASSO through BatchNorm's inverse"}
     return "".join(f", {texts[key].format(names.get(value, value))}" for key, value in found.items())
 
 

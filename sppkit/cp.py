@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from sppkit import cost
 from sppkit.compact import compact, trace
-from sppkit.graph import Site, fold, sites, unfold
+from sppkit.graph import Site, fold, norm_scale, sites, unfold
 from sppkit.lasso import select as lasso
 from sppkit.reconstruct import Moments, error, lasso_problem, refit
 from sppkit.samples import Starts, collect, convolution, frugal, patches
 
 # From moments of what a convolution reads and is to give, the convolution and how many channels to keep, and by keyword
-# `few`, moments of some samples, `producer`, the filters that make its input or None, and `generator`: channels (keep,)
-# that stay, ascending, and LASSO's alpha and violation, 0 for others. notebooks/choice.py has several.
+# `few`, moments of some samples, `producer`, the filters that make its input, `generator`, `scale` (n,), of a BatchNorm
+# folded into it: channels (keep,) that stay, ascending, LASSO's alpha and violation or 0. See notebooks/choice.py.
 Choice = Callable[..., tuple[Tensor, float, float]]
 
 
@@ -152,9 +152,7 @@ def mask_channels(
         if not 1 <= width <= limits.get(name, 0):
             allowed = {link: f"1..{limit}" for link, limit in limits.items()}
             raise ValueError(f"keep={width} for layer {name!r}; the layers and widths that can be pruned: {allowed}")
-    places = {name: place for name, place in found.items() if name in wanted}
-    if not correct:
-        places = {name: Site(name, place.node, place.producer) for name, place in places.items()}
+    places = {n: at if correct else Site(n, at.node, at.producer) for n, at in found.items() if n in wanted}
     targets = collect(original, graph, places, images, points, seed, batch_size)
     rows, statistics, generator = [], dict[str, tuple[Tensor, Tensor]](), torch.Generator().manual_seed(seed)
     shared = len([*pruned.named_parameters(remove_duplicate=False)]) > len([*pruned.parameters()])
@@ -173,7 +171,8 @@ def mask_channels(
                 if select is not None and here.any():
                     few.add(X[here], Y[here])
             producer = None if place.producer is None else convolution(original, place.producer).weight
-            settings = {"few": few, "producer": producer, "generator": generator}
+            scale = norm_scale(network.get_submodule(norms[name])) if name in norms else None
+            settings = {"few": few, "producer": producer, "generator": generator, "scale": scale}
             row = prune_layer(conv, moments, wanted[name], select, ridge, **settings)
             rows.append([name, conv.in_channels, row[0], place.producer or "", *row[1:]])
             if renew:

@@ -114,6 +114,12 @@ def fold(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     return folded, norms
 
 
+def norm_scale(norm: Any) -> Tensor:
+    """What a BatchNorm multiplies each channel by in evaluation mode, (n,); 1 for one that it switches off."""
+    scale = (norm.weight.detach() if norm.affine else 1.0) / (norm.running_var + norm.eps).sqrt()
+    return torch.where(scale.abs() > 1e-6 * scale.abs().max(), scale, 1.0)
+
+
 @torch.no_grad()
 def unfold(
     folded: nn.Module,
@@ -131,9 +137,7 @@ def unfold(
     for name, place in norms.items():
         conv: Any = [module for module in result.get_submodule(name).modules() if isinstance(module, nn.Conv2d)][-1]
         own, norm = (cast(Any, copy.deepcopy(network.get_submodule(each))) for each in (name, place))
-        gain = norm.weight if norm.affine else torch.ones_like(norm.running_var)
-        scale = gain / (norm.running_var + norm.eps).sqrt()  # (n,)
-        scale = torch.where(scale.abs() > 1e-6 * scale.abs().max(), scale, 1.0)  # a filter that was switched off
+        scale = norm_scale(norm)
         start = own.bias if own.bias is not None else torch.zeros_like(scale)
         if statistics and name in statistics:
             mean, variance = (value.to(scale) for value in statistics[name])

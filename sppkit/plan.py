@@ -88,9 +88,7 @@ def make_plan(
         return {name: gone[name] for name in groups.layers}
 
     if (most := _ratio(groups, first(len(order)))) < flop_ratio * (1 - 1e-12):
-        raise ValueError(
-            f"flop_ratio={flop_ratio} is out of reach: one group left in each layer gives {most:.2f}; stay below"
-        )
+        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one group a layer gives {most:.2f}; stay below")
     # the ratio rises with every group: bisection, then the nearer neighbour
     enough = bisect_left(range(len(order)), flop_ratio, key=lambda count: _ratio(groups, first(count)))
     nearest = min((max(enough - 1, 1), enough), key=lambda count: abs(_ratio(groups, first(count)) - flop_ratio))

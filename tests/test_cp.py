@@ -611,6 +611,38 @@ def test_choices_keep_what_their_names_say(chain: nn.Module, images: Tensor) -> 
         cp.mask_channels(chain, images, keep={"conv2": 4}, select=partial(choice.choose, "best"))
 
 
+def test_the_inverse_of_batchnorm_is_lasso_of_the_bare_convolution(chain: nn.Module, images: Tensor) -> None:
+    conv, norm = nn.Conv2d(8, 12, 3, bias=False), nn.BatchNorm2d(12)
+    torch.manual_seed(3)
+    nn.init.uniform_(norm.weight, 0.05, 5.0)
+    norm.running_mean, norm.running_var, norm.bias.data = torch.randn(12), 0.1 + torch.rand(12), torch.randn(12)
+    with torch.no_grad():
+        norm.weight[::3] *= -1
+        conv.weight *= torch.linspace(0.1, 2, 12)[:, None, None, None]
+    network = nn.Sequential(chain.conv1, chain.norm, nn.ReLU(), conv, norm, nn.ReLU()).eval()
+    X, Y = sample_layer(network, "3", images, points=20)  # before BatchNorm
+    bare = reconstruct.Moments().add(X, Y)
+    expected = {keep: lasso.select(*reconstruct.lasso_problem(bare, conv.weight), keep) for keep in range(1, 8)}
+    folded, _ = graph.fold(network)
+    X, Y = sample_layer(folded, "3", images, points=20)
+    moments, scale = reconstruct.Moments().add(X, Y), graph.norm_scale(norm)
+    assert torch.allclose(scale, norm.weight / (norm.running_var + norm.eps).sqrt())
+    for keep, found in expected.items():
+        kept, alpha, violation = choice.choose("inverse", moments, folded[3], keep, scale=scale)
+        assert torch.equal(kept, found.kept)
+        assert alpha == pytest.approx(found.alpha, rel=1e-5)
+        assert violation < 1e-8
+    plain = {keep: choice.choose("inverse", moments, folded[3], keep)[0] for keep in expected}
+    assert all(torch.equal(kept, choice.choose("lasso", moments, folded[3], keep)[0]) for keep, kept in plain.items())
+    assert any(not torch.equal(kept, expected[keep].kept) for keep, kept in plain.items()), "it is another choice"
+    for keep in expected:  # and that is what a whole network gets
+        pruned, _ = cp.mask_channels(
+            network, images, keep={"3": keep}, points=20, select=partial(choice.choose, "inverse")
+        )
+        masked = pruned[3].weight.ne(0).any(3).any(2).any(0).nonzero().flatten()
+        assert torch.equal(masked, expected[keep].kept)
+
+
 def test_alternating_is_lasso_and_least_squares_in_turn(chain: nn.Module, images: Tensor) -> None:
     X, Y = (t.double() for t in sample_layer(chain, "conv2", images, points=8))
     A, C = ((t - t.mean(0)).numpy() for t in (X, Y))
