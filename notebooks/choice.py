@@ -127,7 +127,8 @@ def _alternating(moments: Moments, weight: Tensor, keep: int) -> Selection:
     return _lasso(moments, shrinking, keep)
 
 
-CHOICES = ("lasso", "alternating", "paper", "first_k", "max_response", "random", "thinet", "inverse")
+CHOICES = ("lasso", "alternating", "paper", "first_k", "max_response", "random", "thinet")  # of any layer
+KNOWN = (*CHOICES, "inverse")
 
 
 def choose(
@@ -149,8 +150,8 @@ def choose(
     producer.
     """
     weight, c = conv.weight.detach(), conv.in_channels
-    if name not in CHOICES:
-        raise ValueError(f"select={name!r} must be one of {', '.join(CHOICES)}")
+    if name not in KNOWN:
+        raise ValueError(f"select={name!r} must be one of {', '.join(KNOWN)}")
     if not 1 <= keep <= c:
         raise ValueError(f"keep={keep} must lie in 1..{c}")
     if name in ("lasso", "inverse", "alternating", "paper"):

@@ -75,7 +75,7 @@ class Experiment:
     retrain_weight_decay: float = -1.0  # -1: weight_decay
     images: int = 5_000  # CP: training images sampled
     points: int = 10  # CP: positions an image
-    select: str = "lasso"  # CP: one of `choice.CHOICES`; this and the next three, as `cp.mask_channels` has them
+    select: str = "lasso"  # CP: one of `choice.KNOWN`; this and the next three, as `cp.mask_channels` has them
     samplers: bool = True
     correct: bool = True
     renew: bool = False

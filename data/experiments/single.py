@@ -42,7 +42,7 @@ def one_layer(network: nn.Module, data: ImageData, plan: Experiment) -> dict[str
     moments, few = _moments(folded, training_images(data, plan, spare=plan.images), plan, plan.seed)
     held = _held_out(folded, data, plan)
     for select in choice.CHOICES:
-        for ratio in RATIOS if select not in ("paper", "inverse") else ():  # of "draws", of BatchNorms
+        for ratio in RATIOS if select != "paper" else ():  # which is "draws"
             keep = max(round(conv.in_channels / ratio), 1)
             random = torch.Generator().manual_seed(plan.seed)
             options: dict[str, Any] = {"few": few, "producer": producer.weight, "generator": random}
