@@ -22,9 +22,9 @@ from sppkit.lasso import select as lasso
 from sppkit.reconstruct import Moments, error, lasso_problem, refit
 from sppkit.samples import Starts, collect, convolution, frugal, patches
 
-# From moments of what a convolution reads and is to give, the convolution and how many channels to keep, and by keyword
-# `few`, moments of some samples, `producer`, the filters that make its input, `generator`, `scale` (n,), of a BatchNorm
-# folded into it: channels (keep,) that stay, ascending, LASSO's alpha and violation or 0. See notebooks/choice.py.
+# Channels (keep,) that stay, ascending, LASSO's alpha and violation, 0 for others, from moments of what a convolution
+# reads and is to give, the convolution, keep, and by keyword `few`, moments of some samples, `generator`, and, or None,
+# `producer`, the filters that make its input, `scale` (n,), of the BatchNorm folded into it. See notebooks/choice.py.
 Choice = Callable[..., tuple[Tensor, float, float]]
 
 
