@@ -457,8 +457,11 @@ def finish(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's exporter warns of itself
-                portable.to_onnx(copy.deepcopy(small).cpu(), out / "network.onnx", example[:2].cpu())
-        except (ImportError, RuntimeError) as error:  # a package is missing, or ONNX has no word for an operation
+                to_onnx(copy.deepcopy(small).cpu(), out / "network.onnx", example[:2].cpu())
+        except ImportError as error:
+            packages = "pip install 'sppkit[export]', in a checkout pip install -e '.[export]'"
+            return f"network.onnx was not written ({error}); ONNX needs more packages: {packages}"
+        except RuntimeError as error:  # ONNX has no word for an operation
             return f"network.onnx was not written: {error}"
         return "network.onnx is written"
 
@@ -476,6 +479,16 @@ def finish(
     for row in times:
         say(f"{row['network']}: {row['median_ms']:.1f} ms for {row['batch']} images on {row['device']}")
     say(f"written: {', '.join(f'{out / name} ({size / 1e6:.1f} MB)' for name, size in sizes.items())}, summary.json")
+
+
+def to_onnx(network: nn.Module, path: Path, example: Tensor) -> None:
+    """Write ONNX with any batch size, input "images", output "outputs"; ImportError without the extra `export`."""
+    program = torch.onnx.export(
+        network.eval(), (example,), input_names=["images"], output_names=["outputs"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    state.write_bytes(path, program.model_proto.SerializeToString())
 
 
 def versions() -> dict[str, str]:

@@ -58,10 +58,12 @@ class ColumnConv2d(nn.Module):
     """A convolution by some columns of its GEMM matrix: weight (O, K), index (K,) into the C·kh·kw of `F.unfold`.
 
     The kept columns are gathered, by a kernel on a GPU, elsewhere from a view of all windows of the input, and one GEMM
-    takes them: no column that is not kept is ever written.
+    takes them: no column that is not kept is ever written. Where they go in runs of 8, 16 or 32 neighbouring channels,
+    in whose order they lie then, a kernel multiplies 16-bit numbers as it reads them, unless `engine` is "gathered".
     """
 
     index: Tensor
+    engine = "fused"
 
     def __init__(self, conv: nn.Conv2d, kept: Tensor) -> None:
         super().__init__()
@@ -70,9 +72,12 @@ class ColumnConv2d(nn.Module):
         self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv._reversed_padding_repeated_twice
         self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         taps = self.kernel_size[0] * self.kernel_size[1]
-        self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept])  # (O, K)
+        index = _channels(conv)[kept // taps] * taps + kept % taps
+        order = ((index // taps // 32 * taps + index % taps) * 32 + index // taps % 32).argsort()  # by runs
+        order = order if kernels.run_length(index[order], taps) > 7 else torch.arange(len(kept), device=kept.device)
+        self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept[order]])  # (O, K)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
-        self.register_buffer("index", _channels(conv)[kept // taps] * taps + kept % taps)
+        self.register_buffer("index", index[order])
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -97,6 +102,8 @@ class ColumnConv2d(nn.Module):
         alike = plain and (x.dtype, x.device) == (self.weight.dtype, self.weight.device) == (x.dtype, self.index.device)
         if not alike or x.device.type not in kernels.DEVICES or torch.is_autocast_enabled(x.device.type):
             return None
+        if self.engine == "fused" and x.element_size() == 2 and (y := kernels.multiply(x, self)) is not None:
+            return y
         weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
         weight = F.pad(weight, (0, -weight.shape[1] % 8))  # a GEMM is fast where sizes are multiples of it
         if (read := kernels.gather(x, self, weight.shape[1])) is None:

@@ -6,7 +6,6 @@ lost; at the end of a residual branch Y is what the pruned shortcut leaves of th
 
 import copy
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -19,6 +18,7 @@ from sppkit import cost
 from sppkit.compact import compact, trace
 from sppkit.graph import Site, fold, norm_scale, sites, unfold
 from sppkit.lasso import select as lasso
+from sppkit.plan import nearest
 from sppkit.reconstruct import Moments, error, lasso_problem, refit
 from sppkit.samples import Starts, collect, convolution, frugal, patches
 
@@ -65,21 +65,14 @@ def widths(
     channels = {name: int(table.at[name, "in_channels"]) for name in weight}
     allowed = {name: [c, *range((c - 1) // multiple * multiple, 0, -multiple)] for name, c in channels.items()}
     # a common scale s keeps s·weight of the channels: a layer goes to its next width half-way between the two
-    steps = ((a, b, name) for name, sizes in allowed.items() for a, b in pairwise(sizes))
-    order = sorted((-(a + b) / 2 / (weight[name] * channels[name]), name) for a, b, name in steps)
+    pairs = ((a, b, name) for name, sizes in allowed.items() for a, b in pairwise(sizes))
+    steps = [(-(a + b) / 2 / (weight[name] * channels[name]), name) for a, b, name in pairs]
 
-    def kept(count: int) -> dict[str, int]:
-        gone = [name for _, name in order[:count]]
-        return {name: sizes[gone.count(name)] for name, sizes in allowed.items()}
+    def kept(gone: Mapping[str, int]) -> dict[str, int]:
+        return {name: sizes[gone[name]] for name, sizes in allowed.items()}
 
-    def reached(count: int) -> float:
-        left = _macs(table["macs"], found, channels, kept(count))
-        return float(table["macs"].sum() / left.sum())
-
-    if (most := reached(len(order))) < flop_ratio * (1 - 1e-12):
-        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: the smallest widths give {most:.2f}")
-    enough = bisect_left(range(len(order) + 1), flop_ratio, key=reached)
-    return kept(min((max(enough - 1, 0), enough), key=lambda count: abs(reached(count) - flop_ratio)))
+    macs = table["macs"]
+    return kept(nearest(steps, lambda gone: macs.sum() / _macs(macs, found, channels, kept(gone)).sum(), flop_ratio))
 
 
 def _macs(macs: "pd.Series[int]", found: Mapping[str, Site], channels: Mapping[str, int], keep: Mapping[str, int]):  # type: ignore[no-untyped-def]

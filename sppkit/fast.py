@@ -5,6 +5,7 @@ for a GPU, whose libraries are slow at odd widths, channels of zeros fill widths
 """
 
 import copy
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 
 from sppkit.compact import ColumnConv2d, SampledConv2d, spaces
 from sppkit.graph import fold
+from sppkit.kernels import run_length
 from sppkit.timing import milliseconds
 
-ENGINES, OWN = ("measured", "columns", "dense"), (ColumnConv2d, SampledConv2d)
+ENGINES, OWN = ("measured", "fused", "gathered", "dense"), (ColumnConv2d, SampledConv2d)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
@@ -34,16 +36,12 @@ def optimise(
     """A copy for inference on the device of `example` (B, C, H, W), which it is measured and checked with.
 
     dtype, channels_last: of weights and inputs; a call takes float32 images in any layout.
-    engine: of columns and samplers; "measured" takes what is faster in the median of `rounds`, layer by layer.
+    engine: of columns and samplers; "measured" takes what is faster in the median of `rounds`, layer by layer, "dense"
+    or not. "gathered" columns are laid side by side first; "fused" ones, in runs on a GPU, are multiplied as they lie.
     multiple: which widths are filled up to, by `fill_up`; None: 8 on a GPU, 1, which is not at all, on a CPU.
     capture: as one CUDA graph, for batches of the shape of `example` only; a call overwrites the last one's output.
     tolerance: of the outputs' difference over their size, both norms, `difference` of the result; by precision.
     Raises ValueError for an engine, precision or device that cannot be, RuntimeError if outputs differ more.
-
-    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
-    >>> ready = optimise(network, torch.randn(2, 3, 8, 8))
-    >>> [type(module).__name__ for module in ready.network]
-    ['Conv2d', 'Identity', 'ReLU']
     """
     if engine not in ENGINES or dtype not in TOLERANCE or (multiple is not None and multiple < 1):
         given = f"engine={engine!r}, dtype={dtype}, multiple={multiple}"
@@ -54,11 +52,17 @@ def optimise(
         raise ValueError(f"images {tuple(example.shape)}: a batch of 0 shows nothing")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     folded = fold(network)[0].to(example.device)
+    columns = [module for module in folded.modules() if isinstance(module, ColumnConv2d)]
+    runs = [run_length(column.index, prod(column.kernel_size)) for column in columns]
+    if engine == "fused" and not (example.is_cuda and dtype.itemsize == 2 and max(runs, default=1) > 7):
+        raise ValueError("engine='fused' needs a GPU, bf16 or fp16, and columns in runs of 8 channels; try 'measured'")
+    for column in columns if engine == "gathered" else ():
+        column.engine = engine
     fill_up(folded, (8 if example.is_cuda else 1) if multiple is None else multiple)
     result = Ready(folded, dtype, layout)
     with torch.no_grad():
         expected = copy.deepcopy(network).to(example.device).eval()(example).float()
-        if engine != "columns":
+        if engine in ("measured", "dense"):
             take_faster(result, example, rounds if engine == "measured" else 0)
         if capture:
             result.capture(example)
@@ -76,11 +80,6 @@ def fill_up(network: nn.Module, multiple: int) -> None:
     By 8, 16 or 32 a width that is seven eighths of one of 64, a library's tile, or more goes up to that. The image gets
     its zeros where a convolution reads it. Not filled up: the output, what a sampler picks, and channels that
     anything but layers, sums and channelwise operations reads, which must give something finite for zeros.
-
-    >>> network = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3))
-    >>> fill_up(network, 4)
-    >>> network[2].weight.shape
-    torch.Size([2, 8, 3, 3])
     """
     values = spaces(network)
     for flow in {flow: None for flow in values.values() if flow.writers and not (flow.fixed or flow.norms)}:

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sppkit.compact import SUMS, ColumnConv2d, channel_links, trace
 
 Looks = Mapping[fx.Node, Callable[..., None]]
+Statistics = Mapping[str, tuple[Tensor, Tensor]]  # by layer, mean and variance (n,) of its output
 Start = tuple[int, dict[str, Any]]  # how many nodes have run, and the values of theirs that are still read
 
 
@@ -122,10 +123,7 @@ def norm_scale(norm: Any) -> Tensor:
 
 @torch.no_grad()
 def unfold(
-    folded: nn.Module,
-    network: nn.Module,
-    norms: Mapping[str, str],
-    statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    folded: nn.Module, network: nn.Module, norms: Mapping[str, str], statistics: Statistics | None = None
 ) -> nn.Module:
     """A copy of `folded` that computes the same in evaluation mode, with the BatchNorms of `network` put back.
 

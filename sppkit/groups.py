@@ -45,10 +45,9 @@ class Groups:
         if not convs:
             raise ValueError(f"{type(network).__name__} has no convolutions to prune; give a network with nn.Conv2d")
         self.flows = flows(network)
-        for name in layers if layers is not None else ():
-            if name not in self.flows:
-                known = f"only convolutions are pruned, of this network {', '.join(convs)}"
-                raise ValueError(f"layer {name!r} is not a convolution; {known}")
+        if unknown := [name for name in layers or () if name not in self.flows]:
+            known = f"only convolutions are pruned, of this network {', '.join(convs)}"
+            raise ValueError(f"layer {unknown[0]!r} is not a convolution; {known}")
         owner = {id(conv.weight): name for name, conv in reversed(convs.items())}
         if tied := [name for name, conv in convs.items() if owner[id(conv.weight)] != name]:
             raise ValueError(f"layer {tied[0]!r} has the weight of another; give each convolution a weight of its own")

@@ -1,9 +1,11 @@
 """Triton kernels for a GPU; torch's operators stand in elsewhere.
 
 Masks are applied in one pass over memory each way. Columns of a convolution's GEMM matrix are gathered from an input of
-any layout; padding is never copied: each place of the output knows as bits which of its taps lie inside the image.
+any layout, or, in runs of neighbouring channels, multiplied while they are read. Padding is never copied: each place of
+the output knows as bits which of its taps lie inside the image.
 """
 
+import math
 import warnings
 from typing import Any
 
@@ -13,11 +15,14 @@ from torch import Tensor
 DEVICES = ("cuda",)  # that kernels are for
 BLOCK = 2048  # weights that a program masks
 TILES = {"PLACES": 1024, "COUNT": 16, "num_warps": 4}  # of a program that gathers: places, columns that share them
+FUSED = {"PLACES": 128, "FILTERS": 128, "num_warps": 4, "num_stages": 4}  # of one that multiplies
+STEP = 128  # bytes of columns that it multiplies at once
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a torch without it: on a CPU, on Windows
-    triton = _hide = _clear = _gather = None
+    triton = _hide = _clear = _gather = _multiply = None
 else:
 
     @triton.jit
@@ -42,11 +47,11 @@ else:
         """Where the window of each place begins in memory, and which of its taps (bits) lie inside the image."""
         image, rest = at // (Ho * Wo), at % (Ho * Wo)
         h, w = rest // Wo * down - top, rest % Wo * across - left
-        inside = tl.full(at.shape, 0, tl.int64)
+        inside = tl.full(at.shape, 0, tl.int32 if KH * KW < 32 else tl.int64)
         for tap in tl.static_range(KH * KW):
             y, z = h + tap // KW * dh, w + tap % KW * dw
             there = (at < places) & (y >= 0) & (y < H) & (z >= 0) & (z < W)
-            inside |= there.to(tl.int64) << tap
+            inside |= there.to(inside.dtype) << tap
         return image.to(tl.int64) * sB + h * sH + w * sW, inside
 
     @triton.jit
@@ -66,17 +71,35 @@ else:
             value = tl.where(k == K, 1.0, value).to(read.dtype.element_ty)  # what a bias multiplies
             tl.store(read + k.to(tl.int64) * places + at, value, mask=(at < places) & (k < rows))
 
+    @triton.jit
+    def _multiply(  # type: ignore[no-untyped-def]
+        x, index, weight, bias, out, K, filters, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
+        KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
+        STEP: tl.constexpr,
+    ):  # fmt: skip
+        parts, total = (filters + FILTERS - 1) // FILTERS, tl.full((FILTERS, PLACES), 0.0, tl.float32)
+        first, at = tl.program_id(0) % parts * FILTERS, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
+        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        for start in range(0, K, STEP):
+            k = start + tl.arange(0, STEP)
+            column = tl.load(index + k, mask=k < K, other=0)
+            tap = tl.where(k < K, column % (KH * KW), KH * KW)  # which is never inside
+            offset = column // (KH * KW) * sC + tap // KW * dh * sH + tap % KW * dw * sW
+            offset = tl.max_contiguous(tl.multiple_of(offset, RUN), RUN)  # so that vectors are read
+            there = tl.max_constancy((inside[None, :] >> tap[:, None]) & 1 == 1, (RUN, 1))
+            a = tl.load(x + (base[None, :] + offset[:, None]), mask=there, other=0)
+            total = tl.dot(weight.load([first, start]), a, total, input_precision="ieee")
+        n = first + tl.arange(0, FILTERS)
+        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[:, None]
+        to = out + at.to(tl.int64)[None, :] * filters + n[:, None]
+        tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[None, :] & (n < filters)[:, None])
+
 
 def hide(weight: Tensor, keep: Tensor, groups: Tensor, mask: Tensor, masked: Tensor) -> None:
-    """mask = keep[groups] and masked = weight · mask; keep (G,), groups as `narrow` gives them, the others as long."""
+    """mask = keep[groups] and masked = weight · mask; keep (G,), groups int32 or uint16, the others as long."""
     given, count = (weight, keep, groups, mask, masked), len(weight)
     if weight.dtype != torch.float32 or not _launched("_hide", -(-count // BLOCK), *given, count, BLOCK=BLOCK):
         torch.mul(weight, torch.index_select(keep, 0, groups.int(), out=mask), out=masked)
-
-
-def narrow(groups: Tensor, count: int) -> Tensor:
-    """int32 indices below `count`, on a GPU in two bytes where these can hold them: `hide` waits for memory alone."""
-    return groups.to(torch.uint16) if groups.is_cuda and count <= 2**16 else groups
 
 
 def clear(first: Tensor, second: Tensor, mask: Tensor) -> None:
@@ -92,16 +115,49 @@ def gather(x: Tensor, columns: Any, rows: int, tiles: dict[str, int] = TILES) ->
 
     Behind the K columns, where `rows` is above K, come a row of ones, which a bias multiplies, and zeros.
     """
+    x = x.contiguous() if x.stride(1) == 1 else x  # neighbours in memory are to be neighbouring places, not channels
+    if _gather is None or (sizes := _sizes(x, columns)) is None:
+        return None
+    places, _, _, Ho, Wo, *_ = sizes
+    read, (kh, kw) = x.new_empty(rows, len(x), Ho, Wo), columns.kernel_size
+    grid = -(-rows // tiles["COUNT"]) * -(-places // tiles["PLACES"])
+    given = (x, columns.index, read, len(columns.index), rows, *sizes)
+    return read if not grid or _launched("_gather", grid, *given, KH=kh, KW=kw, **tiles) else None
+
+
+def multiply(x: Tensor, columns: Any) -> Tensor | None:
+    """What a `ColumnConv2d` whose columns lie in runs gives for x (B, C, H, W), in channels-last; None as `gather`."""
+    (kh, kw), index, (filters, K) = columns.kernel_size, columns.index, columns.weight.shape
+    if getattr(columns, "runs", (None,))[0] is not index:  # found out once, since it waits for the device
+        columns.runs = index, run_length(index, kh * kw), index.int()
+    if _multiply is None or (run := math.gcd(columns.runs[1], x.shape[1])) < 8 or x.dtype == torch.float64:
+        return None
+    if (sizes := _sizes(x := x.contiguous(memory_format=torch.channels_last), columns)) is None:
+        return None
+    how = FUSED | {"FILTERS": min(FUSED["FILTERS"], 64 if filters <= 64 else 128)}
+    step, y = STEP // x.element_size(), x.new_empty(sizes[0], filters)
+    weight = TensorDescriptor.from_tensor(columns.weight.detach(), [how["FILTERS"], step])
+    bias = x.new_zeros(filters) if columns.bias is None else columns.bias
+    grid = -(-sizes[0] // how["PLACES"]) * -(-filters // how["FILTERS"])
+    given = (x, columns.runs[2], weight, bias, y, K, filters, *sizes)
+    done = not grid or _launched("_multiply", grid, *given, KH=kh, KW=kw, RUN=run, STEP=step, **how)
+    return y.view(len(x), *sizes[3:5], filters).permute(0, 3, 1, 2) if done else None
+
+
+def run_length(index: Tensor, taps: int) -> int:
+    """Of how many channels c, c + 1, ... of one tap, from a multiple on, columns lie in runs: 32 at most."""
+    first = torch.cat([index.new_zeros(1), (index.diff() != taps).nonzero().flatten() + 1])[: len(index)]  # of a run
+    return math.gcd(32, len(index) or 1, *first.tolist(), *(index[first] // taps).tolist())
+
+
+def _sizes(x: Tensor, columns: Any) -> tuple[int, ...] | None:
+    """What both kernels ask of an input and a layer: places, sizes, strides, moves; None where they cannot run."""
     (kh, kw), (down, across), (dh, dw) = columns.kernel_size, columns.stride, columns.dilation
     (B, _, H, W), (left, right, top, bottom) = x.shape, columns.padding
     Ho, Wo = ((H + top + bottom - dh * (kh - 1) - 1) // down + 1, (W + left + right - dw * (kw - 1) - 1) // across + 1)
-    if _gather is None or x.device.type not in DEVICES or kh * kw > 63 or min(Ho, Wo) < 1:
+    if x.device.type not in DEVICES or kh * kw > 63 or min(Ho, Wo) < 1:
         return None
-    x = x.contiguous() if x.stride(1) == 1 else x  # neighbours in memory are to be neighbouring places, not channels
-    read, places, sizes = x.new_empty(rows, B, Ho, Wo), B * Ho * Wo, (H, W, Ho, Wo, *x.stride())
-    given = (x, columns.index, read, len(columns.index), rows, places, *sizes, down, across, top, left, dh, dw)
-    grid = -(-rows // tiles["COUNT"]) * -(-places // tiles["PLACES"])
-    return read if not grid or _launched("_gather", grid, *given, KH=kh, KW=kw, **tiles) else None
+    return B * Ho * Wo, H, W, Ho, Wo, *x.stride(), down, across, top, left, dh, dw
 
 
 def _launched(name: str, grid: int, *arguments: Any, **how: int) -> bool:

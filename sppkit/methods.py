@@ -71,19 +71,16 @@ def cut(pruner: Pruner, order: np.ndarray, *, flop_ratio: float | None = None) -
 
     Those gone already are in it; infinity never goes. It ends as near to the FLOP ratio (the plan's) as it can.
     """
-    gone, wanted = pruner.gone.cpu().numpy().copy(), flop_ratio or pruner.plan.flop_ratio
+    gone, wanted = pruner.gone.cpu().numpy(), flop_ratio or pruner.plan.flop_ratio
     candidates = [i for i in np.argsort(order, kind="stable") if np.isfinite(order[i]) and not gone[i]]
-
-    def with_first(count: int) -> np.ndarray:
-        taken = gone.copy()
-        taken[candidates[:count]] = True
-        return taken
+    place = np.where(gone, -1.0, np.inf)
+    place[candidates] = np.arange(len(candidates))
 
     def ratio(count: int) -> float:
-        return pruner.groups.flop_ratio(with_first(count))
+        return pruner.groups.flop_ratio(place < count)
 
     if wanted is None or ratio(len(candidates)) < wanted * (1 - 1e-9):
-        return with_first(len(candidates)), False
+        return place < np.inf, False
     enough = bisect_left(range(len(candidates)), wanted * (1 - 1e-9), key=ratio)
     nearest = min((max(enough - 1, 0), enough), key=lambda count: abs(ratio(count) - wanted))
-    return with_first(nearest), True
+    return place < nearest, True

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,18 +81,25 @@ def make_plan(
         raise ValueError(f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates")
     share = _shares(groups, rule)
     # A common scale s shrinks the kept fractions s·share: group k of a layer goes where s falls below k/(N·share)
-    order = sorted((-k / (n * share[name]), name) for name, n in groups.sizes.items() for k in range(2, n + 1))
+    steps = [(-k / (n * share[name]), name) for name, n in groups.sizes.items() for k in range(2, n + 1)]
+    gone = nearest(steps, lambda gone: _ratio(groups, gone), flop_ratio)
+    return Plan(groups, {name: gone[name] for name in groups.layers}, flop_ratio)
 
-    def first(count: int) -> dict[str, int]:
-        gone = Counter(name for _, name in order[:count])
-        return {name: gone[name] for name in groups.layers}
 
-    if (most := _ratio(groups, first(len(order)))) < flop_ratio * (1 - 1e-12):
-        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: one group a layer gives {most:.2f}; stay below")
-    # the ratio rises with every group: bisection, then the nearer neighbour
-    enough = bisect_left(range(len(order)), flop_ratio, key=lambda count: _ratio(groups, first(count)))
-    nearest = min((max(enough - 1, 1), enough), key=lambda count: abs(_ratio(groups, first(count)) - flop_ratio))
-    return Plan(groups, first(nearest), flop_ratio)
+def nearest(steps: list[tuple[float, str]], ratio: Callable[[Counter[str]], float], flop_ratio: float) -> Counter[str]:
+    """How many steps (place in line, layer) of each layer, one at least in all, come nearest to a FLOP ratio.
+
+    ratio: after so many steps of each layer; it rises with each. Raises ValueError where all of them are too few.
+    """
+    order = [name for _, name in sorted(steps)]
+
+    def reached(count: int) -> float:
+        return ratio(Counter(order[:count]))
+
+    if (most := reached(len(order))) < flop_ratio * (1 - 1e-12):
+        raise ValueError(f"flop_ratio={flop_ratio} is out of reach: all that can go gives {most:.2f}; stay below")
+    enough = bisect_left(range(len(order)), flop_ratio, key=reached)
+    return Counter(order[: min((max(enough - 1, 1), enough), key=lambda count: abs(reached(count) - flop_ratio))])
 
 
 def _shares(groups: Groups, rule: str | Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import math
 import operator
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,7 @@ METHODS |= {"unflatten", "view"}
 
 
 def save(network: nn.Module, path: str | Path) -> None:
-    """Write a network, compact or not. ValueError names a module, function or argument that the file has no words for.
-
-    >>> import tempfile
-    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(network, f"{folder}/small.safetensors")
-    ...     again = load(f"{folder}/small.safetensors")
-    >>> torch.equal(again(torch.ones(1, 3, 5, 5)), network(torch.ones(1, 3, 5, 5)))
-    True
-    """
+    """Write a network, compact or not; ValueError names a module, function or argument that the file cannot hold."""
     graph, nodes, modules = trace(network, channelwise=False), list[dict[str, Any]](), dict[str, Any]()
     names = {function: name for name, function in FUNCTIONS.items()}
     for node in graph.nodes:
@@ -69,11 +61,9 @@ def load(path: str | Path) -> fx.GraphModule:
     """The network of a file of `save`, in evaluation mode, on the CPU; ValueError for a damaged or unsound file."""
     tensors, description = state.load(path, kind=KIND)
     try:
-        root, graph, seen = nn.Module(), fx.Graph(), dict[str, fx.Node]()
-        for name, about in description["modules"].items():
-            _place(root, name, _built(about, tensors.get(f"{name}.index")))
-        for name, trained in description["read"].items():
-            _place(root, name, nn.Parameter(tensors[name]) if trained else tensors[name])
+        graph, seen, parts = fx.Graph(), dict[str, fx.Node](), dict[str, Any]()  # modules and tensors by dotted name
+        parts |= {n: _built(about, tensors.get(f"{n}.index")) for n, about in description["modules"].items()}
+        parts |= {n: nn.Parameter(tensors[n]) if own else tensors[n] for n, own in description["read"].items()}
         for node in description["nodes"]:
             op, target, name = node["op"], node["target"], node["name"]
             args, kwargs = _unplain(node["args"], seen), _unplain(node["kwargs"], seen)
@@ -83,27 +73,12 @@ def load(path: str | Path) -> fx.GraphModule:
             what = FUNCTIONS[target] if op == "call_function" else target
             seen[name] = graph.create_node(op, what, args, kwargs, name)
         graph.lint()
-        root.load_state_dict(tensors, assign=True)  # in their own precision
-        return fx.GraphModule(root, graph).eval()
+        network = fx.GraphModule(parts, graph)
+        network.load_state_dict(tensors, assign=True)  # in their own precision
+        return network.eval()
     except Exception as error:  # whatever a file that was not written by `save` leads to
         found = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"{str(path)!r} describes no network ({found}); save it again") from error
-
-
-def to_onnx(network: nn.Module, path: str | Path, example: Tensor) -> None:
-    """Write ONNX with any batch size, input "images", output "outputs"; ImportError without the extra `export`."""
-    try:
-        import onnxscript  # noqa: F401  what torch.onnx needs
-    except ImportError as error:
-        packages = "those of pip install 'sppkit[export]', in a checkout pip install -e '.[export]'"
-        raise ImportError(f"ONNX needs more packages, {packages}") from error
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.onnx.export(
-        network.eval(), (example,), input_names=["images"], output_names=["outputs"], dynamic_shapes=shapes,
-        dynamo=True, verbose=False,
-    )  # fmt: skip
-    assert program is not None
-    state.write_bytes(path, program.model_proto.SerializeToString())
 
 
 def _described(module: nn.Module, name: str) -> dict[str, Any]:
@@ -121,10 +96,9 @@ def _described(module: nn.Module, name: str) -> dict[str, Any]:
         arguments["bias"] = getattr(module, "bias", None) is not None
     about = {"class": kind.__name__, "arguments": _plain(arguments)}
     if kind not in OWN.values():
-        try:
+        same = False
+        with suppress(TypeError, ValueError):
             same = repr(_built(about, None)) == repr(module)
-        except (TypeError, ValueError):
-            same = False
         if not same:  # a constructor whose arguments the module does not keep by name
             raise ValueError(f"module {name!r}, {module}, cannot be made again from its attributes")
     return about
@@ -149,21 +123,6 @@ def _built(about: dict[str, Any], index: Tensor | None) -> nn.Module:
     with torch.device("meta"):  # the file has the values
         module: nn.Module = kind(**arguments)
     return module
-
-
-def _place(root: nn.Module, name: str, value: nn.Module | Tensor) -> None:
-    """Put a module, parameter or buffer where a dotted name says, with modules on the way."""
-    if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a module or tensor")
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(value, nn.Module | nn.Parameter):
-        setattr(root, last, value)
-    else:
-        root.register_buffer(last, value)
 
 
 def _plain(value: Any) -> Any:

@@ -106,7 +106,7 @@ class Pruner:
             rows.copy_(self.groups.spread(self.groups.rows[name], view, rows=True))
             view.copy_(module.weight.detach())
             module.weight.data, module.weight.grad = view, gradient
-        self._read = kernels.narrow(self._columns, G + 2)
+        self._read = self._columns.to(torch.uint16 if first.is_cuda and G < 2**16 - 1 else torch.int32)  # less to read
         self._own = self._rows if self.groups.kind == "filter" else self._columns
         longest = max(self.groups.sizes.values())
         ids = [[*range(part.start, part.stop)] + [G + 1] * longest for part in self.slices.values()]

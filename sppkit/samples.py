@@ -26,18 +26,15 @@ def frugal(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*arguments: Any, **settings: Any) -> Any:
-        size = settings.get("batch_size", 100)
-        while True:
-            settings["batch_size"] = size
-            try:
-                return function(*arguments, **settings)
-            except (RuntimeError, MemoryError) as problem:
-                known = (torch.OutOfMemoryError, MemoryError)
-                if size < 2 or not (isinstance(problem, known) or "can't allocate memory" in str(problem)):
-                    raise
-            size //= 2
-            gc.collect()  # a graph that was being run refers to itself
-            warnings.warn(f"out of memory: begun again with batch_size={size}", stacklevel=2)
+        try:
+            return function(*arguments, **settings)
+        except (RuntimeError, MemoryError) as problem:
+            size, known = settings.get("batch_size", 100) // 2, (torch.OutOfMemoryError, MemoryError)
+            if not size or not (isinstance(problem, known) or "can't allocate memory" in str(problem)):
+                raise
+        gc.collect()  # a graph that was being run refers to itself
+        warnings.warn(f"out of memory: begun again with batch_size={size}", stacklevel=2)
+        return run(*arguments, **settings | {"batch_size": size})
 
     return cast(Function, run)
 
@@ -57,13 +54,7 @@ def sample_patches(inputs: Tensor, conv: nn.Conv2d, positions: Tensor) -> Tensor
 
 
 def collect(
-    network: nn.Module,
-    graph: fx.Graph,
-    places: Mapping[str, Site],
-    images: Tensor,
-    points: int,
-    seed: int,
-    batch_size: int,
+    network: nn.Module, graph: fx.Graph, places: Mapping[str, Site], images: Tensor, points: int, seed: int, size: int
 ) -> dict[str, Samples]:
     """In one pass, for each place its positions and what it is to reproduce there: its output, or the sum it enters."""
     if images.ndim != 4 or not len(images) or not images.isfinite().all() or points < 1:
@@ -83,7 +74,7 @@ def collect(
         return sample
 
     probe = Probe(network, graph, after={place.total or place.node: see(name) for name, place in places.items()})
-    for batch in images.split(batch_size):
+    for batch in images.split(size):
         probe.look(batch.to(next(network.parameters()).device))
     return samples
 

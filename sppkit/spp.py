@@ -103,11 +103,7 @@ def update(
 
 
 def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Masks g, one Bernoulli draw a group: True (kept) with probability 1 - p; p = 1 never, p = 0 always.
-
-    >>> draw(torch.tensor([0.0, 1.0]))
-    tensor([ True, False])
-    """
+    """Masks g, one Bernoulli draw a group: True (kept) with probability 1 - p; p = 1 never, p = 0 always."""
     return torch.rand(probability.shape, generator=generator, device=probability.device) >= probability
 
 

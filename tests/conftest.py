@@ -69,6 +69,7 @@ def kernels(interpret: Callable[[ModuleType], ModuleType], monkeypatch: pytest.M
     made = interpret(sppkit.kernels)
     made.DEVICES = ("cpu",)
     made.TILES |= {"PLACES": 64, "COUNT": 5}
+    made.FUSED |= {"PLACES": 64, "FILTERS": 16}
     monkeypatch.setitem(sys.modules, "sppkit.kernels", made)
     monkeypatch.setattr(sppkit, "kernels", made)
     return made

@@ -212,7 +212,7 @@ def test_bad_input_is_named(chain: nn.Module, images: Tensor) -> None:
         ({"keep": {"conv2": 9}}, "keep=9 for layer 'conv2'"),
         ({"flop_ratio": 1.0}, r"flop_ratio=1\.0 must be above 1"),
         ({"flop_ratio": float("nan")}, "must be above 1"),
-        ({"flop_ratio": 1000.0}, r"flop_ratio=1000\.0 is out of reach: the smallest widths give \d+\.\d\d"),
+        ({"flop_ratio": 1000.0}, r"flop_ratio=1000\.0 is out of reach: all that can go gives \d+\.\d\d"),
         ({}, "either flop_ratio or keep"),
         ({"flop_ratio": 2.0, "keep": {"conv2": 2}}, "either flop_ratio or keep"),
         ({"flop_ratio": 2.0, "points": 0}, "points=0"),
@@ -588,7 +588,7 @@ def test_a_rule_sets_the_proportions_and_leaves_the_others_alone() -> None:
         assert shares[name] == pytest.approx(1.5 * shares[convs[4]], abs=0.02)
     with pytest.raises(ValueError, match="rule: layer 'nowhere', weight 1"):
         cp.widths(network, example, 4, rule={"nowhere": 1.0})
-    with pytest.raises(ValueError, match=r"flop_ratio=50 is out of reach: the smallest widths give \d"):
+    with pytest.raises(ValueError, match=r"flop_ratio=50 is out of reach: all that can go gives \d"):
         cp.widths(network, example, 50, rule=rule)
 
 
@@ -695,7 +695,7 @@ def test_rounded_widths_are_multiples_and_near_the_ratio() -> None:
             conv.weight.data[:, gone[name][gone[name] < conv.in_channels]] = 0
     ratio = cost.flop_ratio(networks.create("vgg16"), compact.compact(network, columns=False), example)
     assert ratio == pytest.approx(4, rel=0.05)
-    with pytest.raises(ValueError, match="out of reach: the smallest widths give"):
+    with pytest.raises(ValueError, match="out of reach: all that can go gives"):
         cp.widths(network, example, 1000, multiple=multiple)
     with pytest.raises(ValueError, match="multiple=0 must be at least 1"):
         cp.widths(network, example, 4, multiple=0)

@@ -72,7 +72,7 @@ def test_each_engine_computes_what_the_masked_network_does(name: str, images: Te
     expected, small = masked(name)(images), compact(masked(name), images)
     count = len(columns(small))
     assert count > 1
-    for engine, left in (("columns", {count}), ("dense", {0}), ("measured", {*range(count + 1)})):
+    for engine, left in (("gathered", {count}), ("dense", {0}), ("measured", {*range(count + 1)})):
         ready = fast.optimise(small, images, engine=engine)
         assert len(columns(ready)) in left
         torch.testing.assert_close(ready(images), expected, rtol=1e-4, atol=1e-4)
@@ -317,7 +317,8 @@ def test_a_layer_without_a_dense_form_stays_with_its_columns(images: Tensor) -> 
 def test_what_cannot_be_is_refused(images: Tensor) -> None:
     network = trained("convnet")
     for settings, words in (
-        ({"engine": "triton"}, "engine='triton'.*measured, columns, dense"),
+        ({"engine": "fused"}, r"engine='fused' needs a GPU, bf16 or fp16, and columns in runs"),
+        ({"engine": "triton"}, "engine='triton'.*measured, fused, gathered, dense"),
         ({"dtype": torch.int8}, r"dtype=torch\.int8"),
         ({"capture": True}, "CUDA graph, and the example is on cpu; capture=False"),
     ):

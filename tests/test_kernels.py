@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -130,12 +131,74 @@ def test_where_a_kernel_does_not_run_torchs_operators_stand_in(
     assert kernels._hide is not None, "another kernel may still run"
 
 
+def blocks(run: int, **how: int) -> tuple[nn.Conv2d, ColumnConv2d]:
+    """A convolution of which runs of a tap's channels are left, and the same by its columns."""
+    conv, keep = nn.Conv2d(64, 20, (3, 2), **how), torch.rand(64 // run, 6) < 0.4  # type: ignore[arg-type]
+    keep[0, 0], keep[-1, 1] = True, False
+    flat = keep.repeat_interleave(run, 0).flatten()
+    conv.weight.data.flatten(1)[:, ~flat] = 0
+    return conv, ColumnConv2d(conv, flat.nonzero().flatten())
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("run", [8, 16, 32])
+def test_columns_in_runs_are_multiplied_while_they_are_read(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, run: int, stride: int, padding: int, dilation: int
+) -> None:
+    torch.manual_seed(run + stride)
+    conv, column = blocks(run, stride=stride, padding=padding, dilation=dilation, bias=padding == 1)
+    taken = []
+    monkeypatch.setattr(compact, "kernels", kernels)
+    monkeypatch.setattr(kernels, "gather", lambda *given: taken.append(1) or plain.gather(*given))
+    x = torch.randn(2, 64, 7, 6)
+    with torch.no_grad():
+        expected = conv(x)
+        for laid in (x, x.to(memory_format=torch.channels_last), x.transpose(0, 1).contiguous().transpose(0, 1)):
+            found = kernels.multiply(laid, column)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+        assert kernels.multiply(x.double(), column.double()) is None
+        half = copy.deepcopy(column).half()
+        torch.testing.assert_close(half(x.half()).float(), expected, rtol=1e-2, atol=1e-2)
+        assert not taken
+        half.engine = "gathered"
+        torch.testing.assert_close(half(x.half()).float(), expected, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(column.float()(x), expected, rtol=1e-5, atol=1e-5)
+        assert len(taken) == 2, "by name, and for numbers of 32 bits"
+        wide = torch.cat([x, x[:, :4]], 1)  # channels that it does not read, and no multiple of 8: not aligned
+        assert kernels.multiply(wide, column) is None
+        assert kernels.multiply(x[:0], column).shape == conv(x[:0]).shape
+
+
+def test_columns_lie_in_runs_where_they_can() -> None:
+    taps = 9
+    for index, run in (
+        (torch.arange(16) * taps + 4, 16),
+        (torch.arange(8, 32) * taps, 8),
+        (torch.arange(64) * taps, 32),
+        (torch.arange(4, 20) * taps, 4),
+        (torch.arange(taps), 1),
+        (torch.arange(0), 1),
+    ):
+        assert plain.run_length(index, taps) == run
+    conv, column = blocks(16)
+    assert plain.run_length(column.index, 6) == 16
+    assert not torch.equal(column.index, column.index.sort().values)
+    torch.testing.assert_close(column.dense().weight, conv.weight)
+    some = torch.tensor([0, 3, 7, 40])
+    assert torch.equal(ColumnConv2d(conv, some).index, some), "others stay as they are given"
+
+
+def test_multiplying_compiles_for_a_gpu(ptx: Callable[..., str]) -> None:
+    """Columns by 16 bytes, weights in whole tiles."""
+    constants = {"KH": 3, "KW": 3, "RUN": 16, "STEP": plain.STEP // 2, "sC": 1, **plain.FUSED}
+    pointers = {"index": "*i32", "weight": f"tensordesc<bf16[{plain.FUSED['FILTERS']},{plain.STEP // 2}]>"}
+    pointers |= dict.fromkeys(("x", "bias", "out"), "*bf16")
+    made = ptx(plain._multiply, constants, pointers, ("sB", "sH", "sW", "filters"))
+    for instruction in ("wgmma.mma_async", "cp.async.cg.shared.global", "cp.async.bulk.tensor"):
+        assert instruction in made
+
+
 def test_gathering_compiles_for_a_gpu(ptx: Callable[..., str]) -> None:
     constants, pointers = {"KH": 3, "KW": 3, **plain.TILES}, {"index": "*i64", "x": "*bf16", "read": "*bf16"}
     assert "ld.global.b16" in ptx(plain._gather, constants, pointers)
-
-
-def test_indices_stay_as_they_are_on_a_cpu_or_where_two_bytes_do_not_do() -> None:
-    groups = torch.tensor([0, 2**16], dtype=torch.int32)
-    assert plain.narrow(groups, 2**16 + 1) is groups
-    assert plain.narrow(groups[:1], 1).dtype == torch.int32

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from prune import to_onnx
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import networks
@@ -246,15 +247,9 @@ def test_onnx_computes_the_same_at_any_batch_size(make: Callable[[], nn.Module],
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     network, x = make(), torch.randn(3, 3, 32, 32)
-    portable.to_onnx(network, tmp_path / "network.onnx", x)
+    to_onnx(network, tmp_path / "network.onnx", x)
     session = runtime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
     expected = network(x).detach()
     for size in (1, 3):
         (found,) = session.run(None, {"images": x[:size].numpy()})
         assert (torch.from_numpy(found) - expected[:size]).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_without_the_extra_onnx_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"pip install 'sppkit\[export\]'"):
-        portable.to_onnx(nn.Conv2d(3, 2, 1), tmp_path / "network.onnx", torch.ones(1, 3, 2, 2))

@@ -20,14 +20,13 @@ import torch
 from bench_channels import _show
 from bench_speed import FULL, QUICK, Machine, with_widths, without_groups
 from driver import append_line
-from engines import run_length
 from settings import lines
 from torch import Tensor, nn
 from training import networks
 from training.data import resolve_device
 from variants import gone
 
-from sppkit import cost, fast
+from sppkit import cost, fast, kernels
 from sppkit.compact import ColumnConv2d
 from sppkit.groups import Groups
 from sppkit.timing import measure, milliseconds
@@ -72,7 +71,7 @@ def ready(machine: Machine, network: nn.Module, example: Tensor) -> fast.Ready:
     """The fastest that there is of a network."""
     made = machine.ready(network, example)
     found = [module for module in network.modules() if isinstance(module, ColumnConv2d) and machine.gpu]
-    blocks = any(run_length(module.index, math.prod(module.kernel_size)) > 1 for module in found)
+    blocks = any(kernels.run_length(module.index, math.prod(module.kernel_size)) >= 8 for module in found)
     for engine in ("columns", "fused") if blocks else ("columns",) if found else ():
         try:
             other = machine.gathered(network, example, engine)

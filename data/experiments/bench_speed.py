@@ -151,7 +151,7 @@ class Machine:
     def gathered(self, network: nn.Module, example: Tensor, engine: str) -> fast.Ready:
         """Columns by an engine on trial, dense where that is faster, compared with the package's."""
         how: dict[str, Any] = {"dtype": self.dtype, "channels_last": True, "tolerance": TOLERANCE}
-        ready = fast.optimise(network, example, engine="columns", **how)
+        ready = fast.optimise(network, example, engine="gathered", **how)
         with torch.no_grad():
             expected, read = ready(example), example.to(self.dtype, memory_format=ready.layout)
             ready.network = dense_layers.own_kernels(dense_layers.rectified(ready.network))
@@ -278,7 +278,7 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
             with channels.exact(machine.device):
                 expected = masked(x)
                 torch.testing.assert_close(column(x), expected, rtol=1e-4, atol=1e-4)
-            ready[kind] = machine.alone(column, x)
+            ready[kind] = machine.alone(column, x, channels_last=machine.gpu and kind != "columns")
             difference[kind] = _apart(ready[kind](x), expected)
             for engine, title in TRIALS[kind].items() if machine.gpu else ():
                 one = machine.alone(engines.GatheredConv2d(column, engine), x, channels_last=engine != "columns")
@@ -288,7 +288,8 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
         columns = pd.Series({kind: float(drawn[kind].sum()) if kind in drawn else c * 9.0 for kind in table.index})
         places = len(x) * pixels**2
         multiply = 2 * columns * n * places / limits["operations"]
-        matrix = (columns < c * 9) & ~columns.index.str.endswith(", fused")  # of columns, written and read
+        fused = columns.index.str.endswith(", fused") | (columns.index.str.fullmatch("blocks of .*[0-9]") & machine.gpu)
+        matrix = (columns < c * 9) & ~fused  # of columns, written and read
         move = size * (x.numel() + columns * n + n * places + matrix * 2 * columns * places) / limits["bytes"]
         floor = (multiply + move).where(matrix, multiply.combine(move, max)) * 1e3
         table = table.assign(
