@@ -15,7 +15,7 @@ from torch import Tensor
 DEVICES = ("cuda",)  # that kernels are for
 BLOCK = 2048  # weights that a program masks
 TILES = {"PLACES": 1024, "COUNT": 16, "num_warps": 4}  # of a program that gathers: places, columns that share them
-FUSED = {"PLACES": 128, "FILTERS": 128, "num_warps": 4, "num_stages": 4}  # of one that multiplies
+FUSED = {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5}  # of one that multiplies
 STEP = 128  # bytes of columns that it multiplies at once
 try:
     import triton
@@ -77,7 +77,7 @@ else:
         KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
         STEP: tl.constexpr,
     ):  # fmt: skip
-        parts, total = (filters + FILTERS - 1) // FILTERS, tl.full((FILTERS, PLACES), 0.0, tl.float32)
+        parts, total = (filters + FILTERS - 1) // FILTERS, tl.full((PLACES, FILTERS), 0.0, tl.float32)
         first, at = tl.program_id(0) % parts * FILTERS, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
         for start in range(0, K, STEP):
@@ -86,13 +86,13 @@ else:
             tap = tl.where(k < K, column % (KH * KW), KH * KW)  # which is never inside
             offset = column // (KH * KW) * sC + tap // KW * dh * sH + tap % KW * dw * sW
             offset = tl.max_contiguous(tl.multiple_of(offset, RUN), RUN)  # so that vectors are read
-            there = tl.max_constancy((inside[None, :] >> tap[:, None]) & 1 == 1, (RUN, 1))
-            a = tl.load(x + (base[None, :] + offset[:, None]), mask=there, other=0)
-            total = tl.dot(weight.load([first, start]), a, total, input_precision="ieee")
+            there = tl.max_constancy((inside[:, None] >> tap[None, :]) & 1 == 1, (1, RUN))
+            a = tl.load(x + (base[:, None] + offset[None, :]), mask=there, other=0)
+            total = tl.dot(a, weight.load([start, first]), total, input_precision="ieee")
         n = first + tl.arange(0, FILTERS)
-        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[:, None]
-        to = out + at.to(tl.int64)[None, :] * filters + n[:, None]
-        tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[None, :] & (n < filters)[:, None])
+        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
+        to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
+        tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[:, None] & (n < filters)[None, :])
 
 
 def hide(weight: Tensor, keep: Tensor, groups: Tensor, mask: Tensor, masked: Tensor) -> None:
@@ -130,13 +130,14 @@ def multiply(x: Tensor, columns: Any) -> Tensor | None:
     (kh, kw), index, (filters, K) = columns.kernel_size, columns.index, columns.weight.shape
     if getattr(columns, "runs", (None,))[0] is not index:  # found out once, since it waits for the device
         columns.runs = index, run_length(index, kh * kw), index.int()
-    if _multiply is None or (run := math.gcd(columns.runs[1], x.shape[1])) < 8 or x.dtype == torch.float64:
+    run = math.gcd(columns.runs[1], x.shape[1])
+    if _multiply is None or run < 8 or filters % 8 or x.dtype == torch.float64:  # rows of whole 16 bytes
         return None
     if (sizes := _sizes(x := x.contiguous(memory_format=torch.channels_last), columns)) is None:
         return None
-    how = FUSED | {"FILTERS": min(FUSED["FILTERS"], 64 if filters <= 64 else 128)}
+    how = FUSED if filters > 64 else FUSED | {"FILTERS": min(64, FUSED["FILTERS"]), "num_warps": 4, "num_stages": 4}
     step, y = STEP // x.element_size(), x.new_empty(sizes[0], filters)
-    weight = TensorDescriptor.from_tensor(columns.weight.detach(), [how["FILTERS"], step])
+    weight = TensorDescriptor.from_tensor(columns.weight.detach().T.contiguous(), [step, how["FILTERS"]])
     bias = x.new_zeros(filters) if columns.bias is None else columns.bias
     grid = -(-sizes[0] // how["PLACES"]) * -(-filters // how["FILTERS"])
     given = (x, columns.runs[2], weight, bias, y, K, filters, *sizes)

@@ -133,7 +133,7 @@ def test_where_a_kernel_does_not_run_torchs_operators_stand_in(
 
 def blocks(run: int, **how: int) -> tuple[nn.Conv2d, ColumnConv2d]:
     """A convolution of which runs of a tap's channels are left, and the same by its columns."""
-    conv, keep = nn.Conv2d(64, 20, (3, 2), **how), torch.rand(64 // run, 6) < 0.4  # type: ignore[arg-type]
+    conv, keep = nn.Conv2d(64, 24, (3, 2), **how), torch.rand(64 // run, 6) < 0.4  # type: ignore[arg-type]
     keep[0, 0], keep[-1, 1] = True, False
     flat = keep.repeat_interleave(run, 0).flatten()
     conv.weight.data.flatten(1)[:, ~flat] = 0
@@ -167,6 +167,8 @@ def test_columns_in_runs_are_multiplied_while_they_are_read(
         assert len(taken) == 2, "by name, and for numbers of 32 bits"
         wide = torch.cat([x, x[:, :4]], 1)  # channels that it does not read, and no multiple of 8: not aligned
         assert kernels.multiply(wide, column) is None
+        odd = ColumnConv2d(nn.Conv2d(64, 20, 3), column.index)  # nor are its weights
+        assert kernels.multiply(x, odd) is None
         assert kernels.multiply(x[:0], column).shape == conv(x[:0]).shape
 
 
@@ -192,7 +194,7 @@ def test_columns_lie_in_runs_where_they_can() -> None:
 def test_multiplying_compiles_for_a_gpu(ptx: Callable[..., str]) -> None:
     """Columns by 16 bytes, weights in whole tiles."""
     constants = {"KH": 3, "KW": 3, "RUN": 16, "STEP": plain.STEP // 2, "sC": 1, **plain.FUSED}
-    pointers = {"index": "*i32", "weight": f"tensordesc<bf16[{plain.FUSED['FILTERS']},{plain.STEP // 2}]>"}
+    pointers = {"index": "*i32", "weight": f"tensordesc<bf16[{plain.STEP // 2},{plain.FUSED['FILTERS']}]>"}
     pointers |= dict.fromkeys(("x", "bias", "out"), "*bf16")
     made = ptx(plain._multiply, constants, pointers, ("sB", "sH", "sW", "filters"))
     for instruction in ("wgmma.mma_async", "cp.async.cg.shared.global", "cp.async.bulk.tensor"):

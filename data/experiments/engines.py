@@ -30,14 +30,17 @@ Tiles = dict[str, int]
 TILES: dict[str, Tiles] = {
     "columns": kernels.TILES,
     "blocks": {"PLACES": 128, "COUNT": 8, "num_warps": 8},
-    "fused": kernels.FUSED,
+    "fused": {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5},
 }
-OTHERS: list[Tiles] = [  # that `tune` tries for "fused", where there are as many filters
-    kernels.FUSED,
-    {"PLACES": 128, "FILTERS": 64, "num_warps": 4, "num_stages": 4},
-    {"PLACES": 128, "FILTERS": 128, "num_warps": 4, "num_stages": 5},
-    {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5},
-]
+OTHERS: dict[int, list[Tiles]] = {  # that `tune` tries for "fused", by the filters that a program has
+    64: [{"PLACES": 128, "FILTERS": 64, "num_warps": 4, "num_stages": stages} for stages in (2, 4)],
+    128: [
+        {"PLACES": places, "FILTERS": 128, "num_warps": 4, "num_stages": stages}
+        for places, stages in ((64, 2), (128, 4))
+    ],
+    256: [{"PLACES": 64, "FILTERS": 256, "num_warps": 4, "num_stages": 3}, TILES["fused"]],
+}
+STEP = 128  # bytes of columns that `fused` multiplies at once
 BY_TWO = [(2, 2), (2, 2), (0, 0), (1, 1)]  # kernel, stride, padding and dilation of a pooling
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
@@ -73,38 +76,44 @@ else:
 
     @triton.jit
     def _fused(  # type: ignore[no-untyped-def]
-        x, index, weight, bias, out, K, filters, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
-        KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
-        STEP: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+        x, run, taps, weight, bias, out, runs, places, filters, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh,
+        dw, KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
+        STEP: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, NEAR: tl.constexpr,
     ):  # fmt: skip
-        """`kernels._multiply`, and what comes after it."""
-        parts, total = (filters + FILTERS - 1) // FILTERS, tl.full((FILTERS, PLACES), 0.0, tl.float32)
-        first, tile, place = tl.program_id(0) % parts * FILTERS, tl.program_id(0) // parts, tl.arange(0, PLACES)
-        if POOL:  # a window's places lie beside each other and half a tile apart: a thread has them all
-            window = tile * (PLACES // 4) + place % (PLACES // 2) // 2
-            line = window // (Wo // 2) * 2 + place // (PLACES // 2)
-            at = line * Wo + window % (Wo // 2) * 2 + place % 2
+        parts, column = (filters + FILTERS - 1) // FILTERS, tl.arange(0, STEP)
+        part, tile, row = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.arange(0, PLACES)
+        BETWEEN: tl.constexpr = PLACES // (4 * NEAR) if NEAR > 1 else 4
+        SETS: tl.constexpr = PLACES // (4 * BETWEEN * NEAR)
+        if POOL:  # rows NEAR and 2 * NEAR * BETWEEN apart are places of one window
+            window = (row // (4 * NEAR * BETWEEN) * BETWEEN + row // (2 * NEAR) % BETWEEN) * NEAR + row % NEAR
+            window += tile * (PLACES // 4)
+            line = window // (Wo // 2) * 2 + row // (2 * NEAR * BETWEEN) % 2
+            at = line * Wo + window % (Wo // 2) * 2 + row // NEAR % 2
         else:
-            at = tile * PLACES + place
+            at = tile * PLACES + row
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
-        for start in range(0, K, STEP):
-            k = start + tl.arange(0, STEP)
-            column = tl.load(index + k, mask=k < K, other=0)
-            tap = tl.where(k < K, column % (KH * KW), KH * KW)
-            offset = column // (KH * KW) * sC + tap // KW * dh * sH + tap % KW * dw * sW
-            offset = tl.max_contiguous(tl.multiple_of(offset, RUN), RUN)
-            there = tl.max_constancy((inside[None, :] >> tap[:, None]) & 1 == 1, (RUN, 1))
-            a = tl.load(x + (base[None, :] + offset[:, None]), mask=there, other=0)
-            total = tl.dot(weight.load([first, start]), a, total, input_precision="ieee")
+        NOWHERE: tl.constexpr = 31 if KH * KW < 32 else 63
+        if NOWHERE == 31:
+            inside = inside.to(tl.int32)  # less arithmetic
+        n = part * FILTERS + tl.arange(0, FILTERS)
+        total = tl.full((PLACES, FILTERS), 0.0, tl.float32)
+        for first in range(0, runs * RUN, STEP):
+            r = (first + column) // RUN
+            tap = tl.load(taps + r, mask=r < runs, other=NOWHERE)
+            offset = tl.load(run + r, mask=r < runs, other=0) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
+            offset = tl.max_contiguous(tl.multiple_of(offset + column % RUN, RUN), RUN)  # so that vectors are read
+            there = tl.max_constancy((inside[:, None] >> tap[None, :]) & 1 == 1, (1, RUN))
+            a = tl.load(x + (base[:, None] + offset[None, :]), mask=there, other=0)
+            total = tl.dot(a, weight.load([first, part * FILTERS]), total, input_precision="ieee")
         if POOL:
-            total = tl.reshape(total, (FILTERS, 2, PLACES // 4, 2))
-            total = tl.reduce(tl.reduce(total, 3, _larger), 1, _larger)
+            total = tl.reshape(total, (SETS, 2, BETWEEN, 2, NEAR, FILTERS))
+            total = tl.reduce(tl.reduce(total, 1, _larger), 2, _larger)
+            total = tl.reshape(total, (PLACES // 4, FILTERS))
             at, places = tile * (PLACES // 4) + tl.arange(0, PLACES // 4), places // 4
-        n = first + tl.arange(0, FILTERS)
-        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[:, None]
+        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
         total = tl.maximum(total, 0.0) if RELU else total
-        to = out + at.to(tl.int64)[None, :] * filters + n[:, None]
-        tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[None, :] & (n < filters)[:, None])
+        to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
+        tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[:, None] & (n < filters)[None, :])
 
 
 class GatheredConv2d(nn.Module):
@@ -138,8 +147,10 @@ class GatheredConv2d(nn.Module):
         if engine == "columns":  # (O, rows), the bias behind the columns
             with_bias = weight if bias is None else torch.cat([weight, bias.detach()[:, None]], 1)
             weight = nn.functional.pad(with_bias, (0, -with_bias.shape[1] % ROWS))
-        elif engine == "blocks":  # (K, O)
+        else:  # (K, O), run by run
             weight, first = weight.T.contiguous(), index[:: self.run]
+            if engine == "fused":  # rows of whole 16 bytes, which the kernel loads at once
+                weight = nn.functional.pad(weight, (0, -weight.shape[1] % ROWS))
             self.register_buffer("taps", (first % taps).int())
             self.register_buffer("runs", (first // taps // self.run).int())
         self.weight = nn.Parameter(weight)
@@ -156,15 +167,16 @@ class GatheredConv2d(nn.Module):
         if self.engine == "columns":
             return self._by_columns(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        sizes = kernels._sizes(x, self)
-        if sizes is None:
-            raise RuntimeError(
-                f"engine={self.engine!r} needs a GPU and images; they are {tuple(x.shape)} on {x.device}"
-            )
-        Ho, Wo = sizes[3:5]
+        B, _, H, W = x.shape
+        (kh, kw), (dh, dw), (left, right, top, bottom) = self.kernel_size, self.dilation, self.padding
+        Ho = (H + top + bottom - dh * (kh - 1) - 1) // self.stride[0] + 1
+        Wo = (W + left + right - dw * (kw - 1) - 1) // self.stride[1] + 1
+        sB, _, sH, sW = x.stride()
+        rest = (sB, sH, sW, *self.stride, top, left, dh, dw, kh, kw)
         inside = self.pool and self.engine == "fused" and Ho % 2 == Wo % 2 == 0  # of the kernel
-        y = self._at_once(x, sizes, inside) if self.engine == "fused" else self._by_blocks(x, sizes)
-        y = y.unflatten(0, (len(x), Ho // 2, Wo // 2) if inside else (len(x), Ho, Wo)).permute(0, 3, 1, 2)
+        sizes = (B * Ho * Wo, H, W, Ho, Wo)
+        y = self._at_once(x, sizes, rest, inside) if self.engine == "fused" else self._by_blocks(x, sizes, rest)
+        y = y.unflatten(0, (B, Ho // 2, Wo // 2) if inside else (B, Ho, Wo)).permute(0, 3, 1, 2)
         return nn.functional.max_pool2d(y, 2) if self.pool and not inside else y
 
     def _by_columns(self, x: Tensor) -> Tensor:
@@ -179,23 +191,24 @@ class GatheredConv2d(nn.Module):
         y = torch._addmm_activation(x.new_zeros(flat.shape[1]), self.weight, flat) if rectified else self.weight @ flat
         return y.unflatten(1, read.shape[1:]).transpose(0, 1)
 
-    def _by_blocks(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        runs, kernel, how, (kh, kw) = len(self.runs), globals()["_blocks"], self.tiles, self.kernel_size
+    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+        runs, kernel, how = len(self.runs), globals()["_blocks"], self.tiles
         read = x.new_empty(sizes[0], runs * self.run)
         grid = (triton.cdiv(runs, how["COUNT"]) * triton.cdiv(sizes[0], how["PLACES"]),)
-        rest = (*sizes[:6], *sizes[7:])  # channels lie beside each other
-        kernel[grid](x, self.runs, self.taps, read, runs, *rest, KH=kh, KW=kw, RUN=self.run, **how)
+        kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, RUN=self.run, **how)
         bias = x.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
         return (torch._addmm_activation if self.relu else torch.addmm)(bias, read, self.weight)
 
-    def _at_once(self, x: Tensor, sizes: tuple[int, ...], pool: bool) -> Tensor:
-        (filters, K), kernel, how, (kh, kw) = self.weight.shape, globals()["_fused"], self.tiles, self.kernel_size
-        bias, step = x.new_zeros(filters) if self.bias is None else self.bias, kernels.STEP // x.element_size()
+    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], pool: bool) -> Tensor:
+        filters, kernel, how = self.column[0].out_channels, globals()["_fused"], self.tiles
+        bias, step = x.new_zeros(filters) if self.bias is None else self.bias, STEP // x.element_size()
         y = x.new_empty(sizes[0] // 4 if pool else sizes[0], filters)
         grid = (triton.cdiv(filters, how["FILTERS"]) * triton.cdiv(sizes[0], how["PLACES"]),)
-        weight = TensorDescriptor.from_tensor(self.weight.data, [how["FILTERS"], step])
-        how = {**how, "KH": kh, "KW": kw, "RUN": self.run, "STEP": step, "RELU": self.relu, "POOL": pool}
-        kernel[grid](x, self.index, weight, bias, y, K, filters, *sizes, **how)
+        weight = TensorDescriptor.from_tensor(self.weight.data, [step, how["FILTERS"]])
+        given = (x, self.runs, self.taps, weight, bias, y, len(self.runs), sizes[0], filters)
+        near = 8 if how["PLACES"] >= 32 * how["num_warps"] else 1  # a thread's rows of a product are 8 apart, and more
+        how = {**how, "RUN": self.run, "STEP": step, "RELU": self.relu, "POOL": pool, "NEAR": near}
+        kernel[grid](*given, *sizes[1:], *rest, **how)
         return y
 
 
@@ -212,7 +225,8 @@ def tune(network: nn.Module, example: Tensor) -> None:
 
 def _tune(layer: nn.Module, x: Tensor) -> None:
     assert isinstance(layer, GatheredConv2d)
-    tried = [tiles for tiles in OTHERS if tiles["FILTERS"] <= max(layer.weight.shape[0], 64)]
+    filters = layer.column[0].out_channels
+    tried = OTHERS[next((width for width in OTHERS if filters <= width), max(OTHERS))]
     made = dict[int, nn.Module]()
     for number, tiles in enumerate(tried):
         layer.tiles = tiles
