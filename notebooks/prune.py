@@ -458,10 +458,7 @@ def finish(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's exporter warns of itself
                 to_onnx(copy.deepcopy(small).cpu(), out / "network.onnx", example[:2].cpu())
-        except ImportError as error:
-            packages = "pip install 'sppkit[export]', in a checkout pip install -e '.[export]'"
-            return f"network.onnx was not written ({error}); ONNX needs more packages: {packages}"
-        except RuntimeError as error:  # ONNX has no word for an operation
+        except (ImportError, RuntimeError) as error:  # a package is missing, or ONNX has no word for an operation
             return f"network.onnx was not written: {error}"
         return "network.onnx is written"
 
@@ -483,6 +480,11 @@ def finish(
 
 def to_onnx(network: nn.Module, path: Path, example: Tensor) -> None:
     """Write ONNX with any batch size, input "images", output "outputs"; ImportError without the extra `export`."""
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx needs
+    except ImportError as error:
+        packages = "those of pip install 'sppkit[export]', in a checkout pip install -e '.[export]'"
+        raise ImportError(f"ONNX needs more packages, {packages}") from error
     program = torch.onnx.export(
         network.eval(), (example,), input_names=["images"], output_names=["outputs"],
         dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False,

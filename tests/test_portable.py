@@ -253,3 +253,9 @@ def test_onnx_computes_the_same_at_any_batch_size(make: Callable[[], nn.Module],
     for size in (1, 3):
         (found,) = session.run(None, {"images": x[:size].numpy()})
         assert (torch.from_numpy(found) - expected[:size]).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_without_the_extra_onnx_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"pip install 'sppkit\[export\]'"):
+        to_onnx(nn.Conv2d(3, 2, 1), tmp_path / "network.onnx", torch.ones(1, 3, 2, 2))
