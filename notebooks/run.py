@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
 
@@ -181,6 +182,7 @@ def _shown(output: Any) -> str:
 def execute(source: Path, copy: Path, values: Mapping[str, Any], *, limits: Limits, root: Path) -> str:
     """Runs `source` into `copy` with `values` injected. Returns what went wrong, with the cell, or ""."""
     import papermill
+    from nbclient.output_widget import OutputWidget
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # failures are reported here, once
     begin = time.monotonic()
@@ -191,7 +193,9 @@ def execute(source: Path, copy: Path, values: Mapping[str, Any], *, limits: Limi
 
     places = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, copy)]  # papermill formats
     try:
-        with kernel_environment():
+        # what a slider shows goes back to the kernel by the socket on which the cell's reply is awaited: sent at a bad
+        # moment, zmq overlooks the reply until the time limit. No notebook reads it there
+        with kernel_environment(), patch.object(OutputWidget, "send", lambda *_, **__: None):
             papermill.execute_notebook(
                 *places,
                 parameters=dict(values),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import pytest
 import run  # notebooks/run.py
+from nbclient.output_widget import OutputWidget
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +189,20 @@ def test_unchanged_is_not_run_again_and_every_change_is(
     assert runs_of("-p", "n", "2", "--force") == 1
     (house / "build" / "notebooks" / "00_good.ipynb").unlink()
     assert runs_of("-p", "n", "2") == 1
+
+
+def test_what_a_slider_shows_does_not_go_back_to_the_kernel(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The socket is the one on which the cell's reply is awaited."""
+    sent: list[int] = []
+    monkeypatch.setattr(OutputWidget, "send", lambda *_, **__: sent.append(1))
+    slider = "from ipywidgets import interact\n_ = interact(lambda width: print(width), width=(1, 9))"
+    add(house, "00_good", make(PARAMETERS, slider))
+    assert run.main([], root=house) == 0
+    assert sent == []
+    with monkeypatch.context() as change:
+        change.setattr(run, "patch", mock.MagicMock())  # nothing is held back
+        assert run.main(["--force"], root=house) == 0
+    assert sent != []
 
 
 # --- in place
