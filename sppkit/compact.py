@@ -59,7 +59,7 @@ class ColumnConv2d(nn.Module):
 
     The kept columns are gathered, by a kernel on a GPU, elsewhere from a view of all windows of the input, and one GEMM
     takes them: no column that is not kept is ever written. Where they go in runs of 8, 16 or 32 neighbouring channels,
-    in whose order they lie then, a kernel multiplies 16-bit numbers as it reads them, unless `engine` is "gathered".
+    they are put in that order, and a kernel multiplies 16-bit numbers as it reads them, but by `engine` "gathered".
     """
 
     index: Tensor
@@ -103,7 +103,7 @@ class ColumnConv2d(nn.Module):
         if not alike or x.device.type not in kernels.DEVICES or torch.is_autocast_enabled(x.device.type):
             return None
         if self.engine == "fused" and x.element_size() == 2 and (y := kernels.multiply(x, self)) is not None:
-            return y
+            return y.contiguous() if x.is_contiguous() else y  # in the layout that was given
         weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
         weight = F.pad(weight, (0, -weight.shape[1] % 8))  # a GEMM is fast where sizes are multiples of it
         if (read := kernels.gather(x, self, weight.shape[1])) is None:

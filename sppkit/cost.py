@@ -52,8 +52,7 @@ def summary(network: nn.Module, example: Tensor) -> dict[str, int]:
     """conv_macs, macs (linear layers too), parameters (biases too) and bytes (parameters and buffers as stored)."""
     macs, stored = layer_table(network, example).set_index("kind")["macs"], (*network.parameters(), *network.buffers())
     sizes = {"conv_macs": int(macs.filter(like="conv", axis=0).sum()), "macs": int(macs.sum())}
-    parameters = sum(p.numel() for p in network.parameters())
-    return sizes | {"parameters": parameters, "bytes": sum(tensor.nbytes for tensor in stored)}
+    return sizes | {"parameters": sum(p.numel() for p in network.parameters()), "bytes": sum(t.nbytes for t in stored)}
 
 
 def flop_ratio(dense: nn.Module, compact: nn.Module, example: Tensor) -> float:

@@ -46,9 +46,9 @@ def widths(
     """Input channels to keep in each convolution that can lose some, for a FLOP ratio of the whole network.
 
     Kept fractions are in the proportions of `rule`, layer -> weight, those without one keep all (default: one fraction
-    for all), as near to the ratio as a channel allows. `example` is (B, C, H, W). Widths are multiples of `multiple`,
-    such as 8, which libraries are fast at, or all channels. Raises ValueError for a ratio of 1 or less or out of reach,
-    an unknown layer, a weight that is not positive.
+    for all), as near to the ratio as a channel allows, at least one step down. `example` is (B, C, H, W). Widths are
+    multiples of `multiple`, such as 8, which libraries are fast at, or all channels. Raises ValueError for a ratio of 1
+    or less or out of reach, an unknown layer, a weight that is not positive.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
     >>> widths(network, torch.zeros(1, 3, 32, 32), 2)

@@ -118,9 +118,8 @@ def gather(x: Tensor, columns: Any, rows: int, tiles: dict[str, int] = TILES) ->
     x = x.contiguous() if x.stride(1) == 1 else x  # neighbours in memory are to be neighbouring places, not channels
     if _gather is None or (sizes := _sizes(x, columns)) is None:
         return None
-    places, _, _, Ho, Wo, *_ = sizes
-    read, (kh, kw) = x.new_empty(rows, len(x), Ho, Wo), columns.kernel_size
-    grid = -(-rows // tiles["COUNT"]) * -(-places // tiles["PLACES"])
+    read, (kh, kw) = x.new_empty(rows, len(x), *sizes[3:5]), columns.kernel_size
+    grid = -(-rows // tiles["COUNT"]) * -(-sizes[0] // tiles["PLACES"])
     given = (x, columns.index, read, len(columns.index), rows, *sizes)
     return read if not grid or _launched("_gather", grid, *given, KH=kh, KW=kw, **tiles) else None
 
@@ -128,19 +127,19 @@ def gather(x: Tensor, columns: Any, rows: int, tiles: dict[str, int] = TILES) ->
 def multiply(x: Tensor, columns: Any) -> Tensor | None:
     """What a `ColumnConv2d` whose columns lie in runs gives for x (B, C, H, W), in channels-last; None as `gather`."""
     (kh, kw), index, (filters, K) = columns.kernel_size, columns.index, columns.weight.shape
-    if getattr(columns, "runs", (None,))[0] is not index:  # found out once, since it waits for the device
-        columns.runs = index, run_length(index, kh * kw), index.int()
-    run = math.gcd(columns.runs[1], x.shape[1])
-    if _multiply is None or run < 8 or filters % 8 or x.dtype == torch.float64:  # rows of whole 16 bytes
-        return None
-    if (sizes := _sizes(x := x.contiguous(memory_format=torch.channels_last), columns)) is None:
+    runs, version = columns.__dict__.get("runs", (None, 0)), 0 if index.is_inference() else index._version
+    if runs[0] is not index or runs[1] != version:  # found out once, since it waits for the device
+        runs = columns.runs = index, version, run_length(index, kh * kw), index.int()
+    run = math.gcd(runs[2], x.shape[1])
+    fits = _multiply is not None and run > 7 and filters % 8 == 0 and x.dtype != torch.float64  # rows of whole 16 bytes
+    if not fits or (sizes := _sizes(x := x.contiguous(memory_format=torch.channels_last), columns)) is None:
         return None
     how = FUSED if filters > 64 else FUSED | {"FILTERS": min(64, FUSED["FILTERS"]), "num_warps": 4, "num_stages": 4}
     step, y = STEP // x.element_size(), x.new_empty(sizes[0], filters)
     weight = TensorDescriptor.from_tensor(columns.weight.detach().T.contiguous(), [step, how["FILTERS"]])
     bias = x.new_zeros(filters) if columns.bias is None else columns.bias
     grid = -(-sizes[0] // how["PLACES"]) * -(-filters // how["FILTERS"])
-    given = (x, columns.runs[2], weight, bias, y, K, filters, *sizes)
+    given = (x, runs[3], weight, bias, y, K, filters, *sizes)
     done = not grid or _launched("_multiply", grid, *given, KH=kh, KW=kw, RUN=run, STEP=step, **how)
     return y.view(len(x), *sizes[3:5], filters).permute(0, 3, 1, 2) if done else None
 

@@ -21,7 +21,7 @@ from sppkit import state
 from sppkit.compact import ColumnConv2d, SampledConv2d, trace
 
 KIND = "portable network"
-NAME = re.compile(r"\w[\w-]*(\.[\w-]+)*", re.ASCII)  # of a module, tensor or node: nothing that reads as code
+NAME = re.compile(r"(?!__)\w[\w-]*(\.(?!__)[\w-]+)*", re.ASCII)  # of a module, tensor or node: nothing that is code
 OWN = {"ColumnConv2d": ColumnConv2d, "SampledConv2d": SampledConv2d}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{place}.{name}": getattr(module, name)
@@ -68,7 +68,8 @@ def load(path: str | Path) -> fx.GraphModule:
             op, target, name = node["op"], node["target"], node["name"]
             args, kwargs = _unplain(node["args"], seen), _unplain(node["kwargs"], seen)
             sound = all(map(NAME.fullmatch, (name, target))) and all(key.isidentifier() for key in kwargs)
-            if not sound or (op == "call_method" and target not in METHODS):
+            taken = any(hasattr(nn.Module, part) for part in target.split(".")[:-1])  # it would be entered, and changed
+            if not sound or taken or (op == "call_method" and target not in METHODS):
                 raise ValueError(f"a node may not be {name!r}, {op!r} of {target!r} with {[*kwargs]}")
             what = FUNCTIONS[target] if op == "call_function" else target
             seen[name] = graph.create_node(op, what, args, kwargs, name)

@@ -26,15 +26,16 @@ def frugal(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*arguments: Any, **settings: Any) -> Any:
-        try:
-            return function(*arguments, **settings)
-        except (RuntimeError, MemoryError) as problem:
-            size, known = settings.get("batch_size", 100) // 2, (torch.OutOfMemoryError, MemoryError)
-            if not size or not (isinstance(problem, known) or "can't allocate memory" in str(problem)):
-                raise
-        gc.collect()  # a graph that was being run refers to itself
-        warnings.warn(f"out of memory: begun again with batch_size={size}", stacklevel=2)
-        return run(*arguments, **settings | {"batch_size": size})
+        while True:
+            try:
+                return function(*arguments, **settings)
+            except (RuntimeError, MemoryError) as problem:
+                size, known = settings.get("batch_size", 100) // 2, (torch.OutOfMemoryError, MemoryError)
+                if not size or not (isinstance(problem, known) or "can't allocate memory" in str(problem)):
+                    raise
+            gc.collect()  # a graph that was being run refers to itself
+            warnings.warn(f"out of memory: begun again with batch_size={size}", stacklevel=2)
+            settings["batch_size"] = size
 
     return cast(Function, run)
 

@@ -159,7 +159,12 @@ def test_columns_in_runs_are_multiplied_while_they_are_read(
             assert found.is_contiguous(memory_format=torch.channels_last)
         assert kernels.multiply(x.double(), column.double()) is None
         half = copy.deepcopy(column).half()
-        torch.testing.assert_close(half(x.half()).float(), expected, rtol=1e-2, atol=1e-2)
+        for last in (False, True):
+            laid = x.half().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+            found = half(laid)
+            torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+            assert found.is_contiguous(memory_format=torch.channels_last) == last, "the layout stays"
+            assert found.is_contiguous() != last
         assert not taken
         half.engine = "gathered"
         torch.testing.assert_close(half(x.half()).float(), expected, rtol=1e-2, atol=1e-2)
@@ -170,6 +175,16 @@ def test_columns_in_runs_are_multiplied_while_they_are_read(
         odd = ColumnConv2d(nn.Conv2d(64, 20, 3), column.index)  # nor are its weights
         assert kernels.multiply(x, odd) is None
         assert kernels.multiply(x[:0], column).shape == conv(x[:0]).shape
+
+
+def test_other_columns_of_the_same_layer_are_noticed(kernels: ModuleType) -> None:
+    """What a kernel needs to know of an index is found out once, and again when the index is written to."""
+    taps, x = torch.arange(16)[:, None] * 9, torch.randn(1, 16, 5, 5)
+    first, second = (ColumnConv2d(nn.Conv2d(16, 8, 3), (taps + tap).flatten()) for tap in (0, 4))
+    with torch.no_grad():
+        assert not torch.allclose(kernels.multiply(x, first), kernels.multiply(x, second))
+        first.load_state_dict(second.state_dict())
+        assert torch.equal(kernels.multiply(x, first), kernels.multiply(x, second))
 
 
 def test_columns_lie_in_runs_where_they_can() -> None:

@@ -204,6 +204,27 @@ def test_an_unsound_description_is_refused(what: str, tmp_path: Path, capsys: py
     assert "owned" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name", ["0.__class__.half", "0.__class__.__base__.half", "0.half.extra", "0.T_destination.half"]
+)
+@pytest.mark.parametrize("kind", ["module", "tensor"])
+def test_a_name_that_leads_into_a_class_is_refused_and_changes_nothing(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    portable.save(nn.Sequential(nn.ReLU()), path)
+    _, about = state.load(path, kind=portable.KIND)
+    module = kind == "module"
+    node = {"name": "more", "op": "call_module" if module else "get_attr", "target": name}
+    read = {"tuple": [{"node": about["nodes"][-2]["name"]}]} if module else {"tuple": []}
+    about["nodes"].insert(-1, {**about["nodes"][-2], **node, "args": read})
+    about["modules" if module else "read"][name] = dict(about["modules"]["0"]) if module else False
+    state.save(path, {} if module else {name: torch.ones(1)}, about)
+    before = {kind: dict(vars(kind)) for kind in (nn.Module, nn.ReLU)}
+    with pytest.raises(ValueError, match=r"describes no network \(.*a node may not be 'more'"):
+        portable.load(path)
+    assert before == {kind: dict(vars(kind)) for kind in (nn.Module, nn.ReLU)}
+    assert not hasattr(nn.Module.T_destination, "half")
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "network.safetensors"
     portable.save(nn.Sequential(nn.Conv2d(3, 8, 3)), path)
