@@ -288,7 +288,7 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
         columns = pd.Series({kind: float(drawn[kind].sum()) if kind in drawn else c * 9.0 for kind in table.index})
         places = len(x) * pixels**2
         multiply = 2 * columns * n * places / limits["operations"]
-        fused = columns.index.str.endswith(", fused") | (columns.index.str.fullmatch("blocks of .*[0-9]") & machine.gpu)
+        fused = columns.index.str.endswith(", fused") | ((columns.index == f"blocks of {block}") & machine.gpu)
         matrix = (columns < c * 9) & ~fused  # of columns, written and read
         move = size * (x.numel() + columns * n + n * places + matrix * 2 * columns * places) / limits["bytes"]
         floor = (multiply + move).where(matrix, multiply.combine(move, max)) * 1e3
