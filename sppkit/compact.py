@@ -74,8 +74,10 @@ class ColumnConv2d(nn.Module):
         taps = self.kernel_size[0] * self.kernel_size[1]
         index = _channels(conv)[kept // taps] * taps + kept % taps
         order = ((index // taps // 32 * taps + index % taps) * 32 + index // taps % 32).argsort()  # by runs
-        order = order if kernels.run_length(index[order], taps) > 7 else torch.arange(len(kept), device=kept.device)
-        self.weight = nn.Parameter(conv.weight.detach().flatten(1)[:, kept[order]])  # (O, K)
+        fused = kernels.run_length(index[order], taps) > 7
+        order = order if fused else torch.arange(len(kept), device=kept.device)
+        weight = conv.weight.detach().flatten(1)[:, kept[order]]  # (O, K)
+        self.weight = nn.Parameter(weight.T.contiguous().T if fused else weight)  # as the kernel reads it
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.register_buffer("index", index[order])
 

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -49,10 +49,6 @@ def widths(
     for all), as near to the ratio as a channel allows, at least one step down. `example` is (B, C, H, W). Widths are
     multiples of `multiple`, such as 8, which libraries are fast at, or all channels. Raises ValueError for a ratio of 1
     or less or out of reach, an unknown layer, a weight that is not positive.
-
-    >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
-    >>> widths(network, torch.zeros(1, 3, 32, 32), 2)
-    {'2': 19, '4': 37}
     """
     if not 1 < flop_ratio < math.inf or multiple < 1:
         given = f"flop_ratio={flop_ratio} must be above 1; 2 means half the multiply-accumulates"
@@ -168,8 +164,9 @@ def mask_channels(
             settings = {"few": few, "producer": producer, "generator": generator, "scale": scale}
             row = prune_layer(conv, moments, wanted[name], select, ridge, **settings)
             rows.append([name, conv.in_channels, row[0], place.producer or "", *row[1:]])
-            if renew:
-                statistics[name] = _output_statistics(conv, moments)
+            if renew:  # mean and variance (n,) of the output over the samples
+                W, b = conv.weight.double().flatten(1), cast(Tensor, conv.bias).double()
+                statistics[name] = W @ moments.mean_x + b, ((W @ moments.xtx) * W).sum(1) / moments.count
         except ValueError as problem:
             raise ValueError(f"layer {name!r}: {problem}") from problem
     columns = ["layer", "channels", "kept", "filters", "error_before", "error", "alpha", "violation", "undetermined"]
@@ -204,10 +201,3 @@ def prune_layer(
     conv.bias = nn.Parameter(fit.bias.to(conv.weight))
     left = conv.weight.ne(0).transpose(0, 1).flatten(1).any(1)  # (c,): one that was 0 in every sample gets no weight
     return int(left.sum()), before, fit.error, alpha, violation, fit.weight[0].numel() - fit.rank
-
-
-def _output_statistics(conv: nn.Conv2d, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Mean and variance (n,) of the convolution's output over the samples, from their moments."""
-    assert conv.bias is not None
-    W = conv.weight.double().flatten(1)  # (n, d)
-    return W @ moments.mean_x + conv.bias.double(), ((W @ moments.xtx) * W).sum(1) / moments.count

@@ -53,12 +53,14 @@ def optimise(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     folded = fold(network)[0].to(example.device)
     columns = [module for module in folded.modules() if isinstance(module, ColumnConv2d)]
-    runs = [run_length(column.index, prod(column.kernel_size)) for column in columns]
-    if engine == "fused" and not (example.is_cuda and dtype.itemsize == 2 and max(runs, default=1) > 7):
+    runs = {column: run_length(column.index, prod(column.kernel_size)) for column in columns}
+    if engine == "fused" and not (example.is_cuda and dtype.itemsize == 2 and max(runs.values(), default=1) > 7):
         raise ValueError("engine='fused' needs a GPU, bf16 or fp16, and columns in runs of 8 channels; try 'measured'")
-    for column in columns if engine == "gathered" else ():
-        column.engine = engine
     fill_up(folded, (8 if example.is_cuda else 1) if multiple is None else multiple)
+    for column, run in runs.items():
+        column.engine = engine if engine == "gathered" else column.engine
+        if example.is_cuda and run > 7:  # as the kernel reads them
+            column.weight.data = column.weight.data.T.contiguous().T
     result = Ready(folded, dtype, layout)
     with torch.no_grad():
         expected = copy.deepcopy(network).to(example.device).eval()(example).float()

@@ -29,11 +29,6 @@ class Groups:
 
     `example` (B, C, H, W) gives the sizes of the feature maps. Raises ValueError for another kind, an unknown, grouped,
     shared or too small layer, and for a network without convolutions.
-
-    >>> network = nn.Sequential(nn.Conv2d(3, 32, 5), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
-    >>> groups = Groups(network, torch.zeros(1, 3, 32, 32), kind="channel")
-    >>> groups.sizes, round(groups.flop_ratio(np.arange(99) < 51), 2)
-    ({'0': 3, '2': 32, '4': 64}, 2.23)
     """
 
     def __init__(

@@ -15,8 +15,9 @@ from torch import Tensor
 DEVICES = ("cuda",)  # that kernels are for
 BLOCK = 2048  # weights that a program masks
 TILES = {"PLACES": 1024, "COUNT": 16, "num_warps": 4}  # of a program that gathers: places, columns that share them
-FUSED = {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5}  # of one that multiplies
-STEP = 128  # bytes of columns that it multiplies at once
+FUSED = ((64, 256, 32), (128, 128, 32), (64, 128, 64), (128, 64, 32), (64, 64, 128))  # places, filters, columns at once
+THREE = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}  # such programs share a multiprocessor
+BUSY = 256  # programs that keep a GPU busy
 try:
     import triton
     import triton.language as tl
@@ -72,25 +73,38 @@ else:
             tl.store(read + k.to(tl.int64) * places + at, value, mask=(at < places) & (k < rows))
 
     @triton.jit
-    def _multiply(  # type: ignore[no-untyped-def]
-        x, index, weight, bias, out, K, filters, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
-        KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
-        STEP: tl.constexpr,
+    def _product(  # type: ignore[no-untyped-def]
+        x, index, weight, base, inside, first, K, sC, sH, sW, dh, dw, KH: tl.constexpr, KW: tl.constexpr,
+        RUN: tl.constexpr, FILTERS: tl.constexpr, STEP: tl.constexpr,
     ):  # fmt: skip
-        parts, total = (filters + FILTERS - 1) // FILTERS, tl.full((PLACES, FILTERS), 0.0, tl.float32)
-        first, at = tl.program_id(0) % parts * FILTERS, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
-        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        """Of windows at `base` and `weight` (K, O) from filter `first` on; columns in runs of RUN channels."""
+        total, k = tl.full((base.shape[0], FILTERS), 0.0, tl.float32), tl.arange(0, STEP)
+        column = tl.load(index + k, mask=k < K, other=0)
         for start in range(0, K, STEP):
             k = start + tl.arange(0, STEP)
-            column = tl.load(index + k, mask=k < K, other=0)
+            later = tl.load(index + k + STEP, mask=k + STEP < K, other=0)  # waited for in the next round
             tap = tl.where(k < K, column % (KH * KW), KH * KW)  # which is never inside
             offset = column // (KH * KW) * sC + tap // KW * dh * sH + tap % KW * dw * sW
             offset = tl.max_contiguous(tl.multiple_of(offset, RUN), RUN)  # so that vectors are read
             there = tl.max_constancy((inside[:, None] >> tap[None, :]) & 1 == 1, (1, RUN))
             a = tl.load(x + (base[:, None] + offset[None, :]), mask=there, other=0)
             total = tl.dot(a, weight.load([start, first]), total, input_precision="ieee")
+            column = later
+        return total
+
+    @triton.jit
+    def _multiply(  # type: ignore[no-untyped-def]
+        x, index, weight, bias, out, K, filters, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
+        KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
+        STEP: tl.constexpr,
+    ):  # fmt: skip
+        parts = (filters + FILTERS - 1) // FILTERS
+        first, at = tl.program_id(0) % parts * FILTERS, tl.program_id(0) // parts * PLACES + tl.arange(0, PLACES)
+        base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
+        total = _product(x, index, weight, base, inside, first, K, sC, sH, sW, dh, dw, KH, KW, RUN, FILTERS, STEP)
         n = first + tl.arange(0, FILTERS)
-        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
+        if bias is not None:
+            total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
         to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[:, None] & (n < filters)[None, :])
 
@@ -134,14 +148,19 @@ def multiply(x: Tensor, columns: Any) -> Tensor | None:
     fits = _multiply is not None and run > 7 and filters % 8 == 0 and x.dtype != torch.float64  # rows of whole 16 bytes
     if not fits or (sizes := _sizes(x := x.contiguous(memory_format=torch.channels_last), columns)) is None:
         return None
-    how = FUSED if filters > 64 else FUSED | {"FILTERS": min(64, FUSED["FILTERS"]), "num_warps": 4, "num_stages": 4}
-    step, y = STEP // x.element_size(), x.new_empty(sizes[0], filters)
-    weight = TensorDescriptor.from_tensor(columns.weight.detach().T.contiguous(), [step, how["FILTERS"]])
-    bias = x.new_zeros(filters) if columns.bias is None else columns.bias
-    grid = -(-sizes[0] // how["PLACES"]) * -(-filters // how["FILTERS"])
-    given = (x, runs[3], weight, bias, y, K, filters, *sizes)
-    done = not grid or _launched("_multiply", grid, *given, KH=kh, KW=kw, RUN=run, STEP=step, **how)
+    (how, grid), y = tiles(sizes[0], filters), x.new_empty(sizes[0], filters)
+    weight = TensorDescriptor.from_tensor(columns.weight.detach().T.contiguous(), [how["STEP"], how["FILTERS"]])
+    given = (x, runs[3], weight, columns.bias, y, K, filters, *sizes)
+    done = not grid or _launched("_multiply", grid, *given, KH=kh, KW=kw, RUN=run, **how)
     return y.view(len(x), *sizes[3:5], filters).permute(0, 3, 1, 2) if done else None
+
+
+def tiles(places: int, filters: int) -> tuple[dict[str, int], int]:
+    """How to multiply, by how many programs: the first of FUSED that is BUSY and half full or more, or the last."""
+    made = [(sizes, -(-places // sizes[0]) * -(-filters // sizes[1])) for sizes in FUSED]
+    fits = (m for m in made if m[1] >= BUSY and 2 * (-filters % m[0][1]) < max(m[0][1], 128))
+    (P, F, step), grid = next(fits, made[-1])
+    return {"PLACES": P, "FILTERS": F, "STEP": step} | THREE, grid
 
 
 def run_length(index: Tensor, taps: int) -> int:

@@ -96,13 +96,10 @@ def _described(module: nn.Module, name: str) -> dict[str, Any]:
     if "bias" in keys or kind in OWN.values():
         arguments["bias"] = getattr(module, "bias", None) is not None
     about = {"class": kind.__name__, "arguments": _plain(arguments)}
-    if kind not in OWN.values():
-        same = False
-        with suppress(TypeError, ValueError):
-            same = repr(_built(about, None)) == repr(module)
-        if not same:  # a constructor whose arguments the module does not keep by name
-            raise ValueError(f"module {name!r}, {module}, cannot be made again from its attributes")
-    return about
+    with suppress(TypeError, ValueError):
+        if kind in OWN.values() or repr(_built(about, None)) == repr(module):
+            return about
+    raise ValueError(f"module {name!r}, {module}, cannot be made again from its attributes")  # not all are kept by name
 
 
 def _built(about: dict[str, Any], index: Tensor | None) -> nn.Module:
@@ -150,6 +147,4 @@ def _unplain(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if mark == "dict":
         return {key: _unplain(each, nodes) for key, each in content.items()}
     parts = [_unplain(each, nodes) for each in content]
-    if mark == "slice":
-        return slice(*parts)
-    return tuple(parts) if mark == "tuple" else parts
+    return slice(*parts) if mark == "slice" else tuple(parts) if mark == "tuple" else parts

@@ -111,9 +111,6 @@ def target_count(ratio: float, groups: int, layer: str = "") -> int:
     """ceil(ratio·groups) without rounding errors: 0.28 of 75 is 21, although 0.28 * 75 > 21 in floating point.
 
     Raises ValueError where the ratio lies outside (0, 1) or would leave no group.
-
-    >>> target_count(0.28, 75)
-    21
     """
     where = f"layer {layer!r}: " if layer else ""
     if not 0 < ratio < 1:

@@ -69,7 +69,7 @@ def kernels(interpret: Callable[[ModuleType], ModuleType], monkeypatch: pytest.M
     made = interpret(sppkit.kernels)
     made.DEVICES = ("cpu",)
     made.TILES |= {"PLACES": 64, "COUNT": 5}
-    made.FUSED |= {"PLACES": 64, "FILTERS": 16}
+    made.FUSED, made.BUSY = ((64, 128, 32), (64, 16, 64)), 2
     monkeypatch.setitem(sys.modules, "sppkit.kernels", made)
     monkeypatch.setattr(sppkit, "kernels", made)
     return made
@@ -92,7 +92,7 @@ def ptx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             attrs={place[name]: [["tt.divisibility", 16]] for name in names
                    if name in sixteen or kinds[name].startswith("*")},
         )  # fmt: skip
-        options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
+        options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "maxnreg")}
         return str(compiler.compile(source, target=target, options=options).asm["ptx"])
 
     return compiled

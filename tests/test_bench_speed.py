@@ -158,8 +158,7 @@ def test_the_way_of_a_gpu_through_the_benchmark(
     right = fast.optimise
     kernels.TILES |= {"PLACES": 1024, "COUNT": 16}  # fewer programs to interpret
     monkeypatch.setattr(bench, "engines", interpret(bench.engines))
-    bench.engines.TILES["fused"] |= {"PLACES": 64, "FILTERS": 32}
-    bench.engines.OTHERS = {32: [bench.engines.TILES["fused"]]}
+    kernels.FUSED = ((64, 32, 64),)
     dense = interpret(bench.dense_layers)
     for kernel in ("_image", "_pool"):
         monkeypatch.setattr(bench.dense_layers, kernel, getattr(dense, kernel))

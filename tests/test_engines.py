@@ -7,19 +7,15 @@ from collections.abc import Callable
 from types import ModuleType
 
 import engines
-import pandas as pd
 import pytest
 import torch
 from dense_layers import ImageConv2d, rectified
 from torch import Tensor, nn
 
+from sppkit import kernels as plain
 from sppkit.compact import ColumnConv2d
 
-TILES = {
-    "columns": {"PLACES": 64, "COUNT": 5},  # as the fixture `kernels` has it
-    "blocks": {"PLACES": 64, "COUNT": 3},
-    "fused": {"PLACES": 64, "FILTERS": 16},
-}
+TILES = {"columns": {"PLACES": 64, "COUNT": 5}, "blocks": {"PLACES": 64, "COUNT": 3}}  # columns: as in `kernels`
 
 
 @pytest.fixture
@@ -68,7 +64,7 @@ def test_the_kernels_compute_what_the_masked_convolution_does(
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_more_places_runs_and_filters_than_a_program_has(interpreted: ModuleType, engine: str) -> None:
-    places, many = TILES[engine].values()
+    places, many = TILES.get(engine, {"PLACES": 64, "FILTERS": 16}).values()
     channels = 2 if engine == "columns" else 32
     conv, x = nn.Conv2d(channels, 40, 3, padding=1, bias=False), torch.randn(2, channels, 5, 7)
     assert places < 2 * 5 * 7
@@ -116,7 +112,9 @@ def test_a_relu_goes_with_its_layer(interpreted: ModuleType, engine: str) -> Non
 
 
 @pytest.mark.parametrize("warps", [2, 8])  # a window's places in rows 8 apart, or beside each other
-def test_pooling_goes_with_a_fused_layer_that_nothing_else_reads(interpreted: ModuleType, warps: int) -> None:
+def test_pooling_goes_with_a_fused_layer_that_nothing_else_reads(
+    interpreted: ModuleType, kernels: ModuleType, warps: int
+) -> None:
     class Network(nn.Module):
         def __init__(self, pool: nn.Module, twice: bool = False) -> None:
             super().__init__()
@@ -128,7 +126,7 @@ def test_pooling_goes_with_a_fused_layer_that_nothing_else_reads(interpreted: Mo
 
     _, column = masked(32, 16, seed=7, padding=1)
     conv = nn.Conv2d(32, 20, (3, 2), padding=1)
-    interpreted.TILES["fused"] |= {"num_warps": warps}
+    kernels.THREE = {**kernels.THREE, "num_warps": warps}
     cases = [(nn.MaxPool2d(2), False, (6, 9)), (nn.MaxPool2d(2), False, (7, 9)), (nn.MaxPool2d(2), True, (6, 9))]
     for pool, twice, size in [*cases, (nn.MaxPool2d(3), False, (6, 9)), (nn.AvgPool2d(2), False, (6, 9))]:
         network, x = Network(pool, twice).eval(), torch.randn(3, 32, *size)
@@ -148,31 +146,6 @@ def test_an_image_is_read_by_a_kernel_of_its_own_or_by_columns(interpreted: Modu
     full = torch.zeros(8, 27)
     full[:, ::3] = few.weight.detach()
     assert torch.equal(made[0].weight, full.T)
-
-
-def test_the_fastest_tiles_are_taken(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that the layer's filters ask for; what does not run is left out."""
-
-    def captured(work: Callable[[Tensor], Tensor], x: Tensor) -> nn.Module:
-        if layer.tiles["FILTERS"] == 128 and layer.tiles["PLACES"] == 64:
-            raise RuntimeError("too much memory")
-        return nn.Identity()
-
-    def milliseconds(made: dict[int, nn.Module], x: Tensor, rounds: int) -> pd.DataFrame:
-        assert made
-        return pd.DataFrame({number: [float(number if filters == 7 else -number)] for number in made})
-
-    monkeypatch.setattr(interpreted.fast, "Captured", captured)
-    monkeypatch.setattr(interpreted, "milliseconds", milliseconds)
-    for filters, tiles in ((7, 64), (128, 128), (600, 256)):
-        conv = nn.Conv2d(32, filters, 3, padding=1)
-        layer = interpreted.GatheredConv2d(ColumnConv2d(conv, torch.arange(16) * 9), "fused")
-        interpreted.tune(nn.Sequential(layer), torch.randn(1, 32, 2, 2))
-        assert layer.tiles == interpreted.OTHERS[tiles][0 if filters == 7 else 1]
-        assert not layer._forward_pre_hooks
-    monkeypatch.setattr(interpreted.fast, "Captured", lambda *_: 1 / 0)
-    interpreted.tune(nn.Sequential(layer), torch.randn(1, 32, 2, 2))
-    assert layer.tiles == interpreted.TILES["fused"], "nothing runs: as it was"
 
 
 def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,11 +170,10 @@ def test_what_they_cannot_do_is_refused(interpreted: ModuleType, monkeypatch: py
 @pytest.mark.parametrize("engine", ["blocks", "fused"])
 def test_the_kernels_compile_for_a_gpu(engine: str, ptx: Callable[..., str]) -> None:
     """Memory is read in vectors where neighbours go together."""
-    tiles = engines.TILES[engine]
-    constants = {"KH": 3, "KW": 3, "RUN": 16, "STEP": engines.STEP // 2, "RELU": True, **tiles}
-    constants |= {"POOL": True, "NEAR": 1}
-    pointers = {"run": "*i32", "taps": "*i32"} | dict.fromkeys(("x", "read", "bias", "out"), "*bf16")
-    weight = f"tensordesc<bf16[{engines.STEP // 2},{tiles.get('FILTERS')}]>"
+    tiles = engines.TILES.get(engine) or plain.tiles(50_176, 512)[0]
+    constants = {"KH": 3, "KW": 3, "RUN": 16, "sC": 1, "RELU": True, "POOL": True, "NEAR": 1, **tiles}
+    pointers = dict.fromkeys(("run", "taps", "index"), "*i32") | dict.fromkeys(("x", "read", "bias", "out"), "*bf16")
+    weight = f"tensordesc<bf16[{tiles.get('STEP')},{tiles.get('FILTERS')}]>"
     sixteen = ("sB", "sH", "sW", "filters")  # channels-last, 16 channels
     made = ptx(getattr(engines, f"_{engine}"), constants, {**pointers, "weight": weight}, sixteen)
     wide = {"blocks": "ld.global.v4.b32", "fused": "wgmma.mma_async"}

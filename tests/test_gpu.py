@@ -217,19 +217,23 @@ def test_what_dense_layers_are_spared_on_trial_changes_no_answer(name):
     assert nn.MaxPool2d not in kinds
 
 
-@pytest.mark.parametrize("tiles", engines.OTHERS[64] + engines.OTHERS[128] + engines.OTHERS[256])
-def test_a_fused_layer_takes_a_pooling_in(tiles):
+@pytest.mark.parametrize("sizes", kernels.FUSED)
+def test_a_fused_layer_takes_a_pooling_in(sizes, monkeypatch):
+    monkeypatch.setattr(kernels, "FUSED", (sizes,))
     torch.manual_seed(0)
     x = torch.randn(3, 96, 14, 18, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    conv = nn.Conv2d(96, tiles["FILTERS"], 3, padding=1).to(x)
+    conv = nn.Conv2d(96, sizes[1], 3, padding=1).to(x)
     keep = (torch.rand(6, 9, device="cuda") < 0.3).repeat_interleave(16, 0).flatten()
     conv.weight.data.flatten(1)[:, ~keep] = 0
-    layer = engines.GatheredConv2d(ColumnConv2d(conv, keep.nonzero().flatten()), "fused", relu=True)
-    layer.tiles, layer.pool = tiles, True
+    column = ColumnConv2d(conv, keep.nonzero().flatten())
+    layer = engines.GatheredConv2d(column, "fused", relu=True)
+    layer.pool = True
     with torch.no_grad():
-        expected = nn.functional.max_pool2d(conv.double()(x.double()).relu(), 2)
+        plain = conv.double()(x.double())
+        expected = nn.functional.max_pool2d(plain.relu(), 2)
         found = layer(x)
-    assert found.shape == expected.shape == (3, tiles["FILTERS"], 7, 9)
+        assert float((column(x).double() - plain).norm() / plain.norm()) < 1e-2, "the package's own"
+    assert found.shape == expected.shape == (3, sizes[1], 7, 9)
     assert float((found.double() - expected).norm() / expected.norm()) < 1e-2
 
 

@@ -208,12 +208,35 @@ def test_columns_lie_in_runs_where_they_can() -> None:
 
 def test_multiplying_compiles_for_a_gpu(ptx: Callable[..., str]) -> None:
     """Columns by 16 bytes, weights in whole tiles."""
-    constants = {"KH": 3, "KW": 3, "RUN": 16, "STEP": plain.STEP // 2, "sC": 1, **plain.FUSED}
-    pointers = {"index": "*i32", "weight": f"tensordesc<bf16[{plain.STEP // 2},{plain.FUSED['FILTERS']}]>"}
-    pointers |= dict.fromkeys(("x", "bias", "out"), "*bf16")
-    made = ptx(plain._multiply, constants, pointers, ("sB", "sH", "sW", "filters"))
-    for instruction in ("wgmma.mma_async", "cp.async.cg.shared.global", "cp.async.bulk.tensor"):
-        assert instruction in made
+    for places, filters, step in plain.FUSED:
+        sizes = {"PLACES": places, "FILTERS": filters, "STEP": step, **plain.THREE}
+        constants = {"KH": 3, "KW": 3, "RUN": 16, "sC": 1, **sizes}
+        pointers = {"index": "*i32", "weight": f"tensordesc<bf16[{step},{filters}]>"}
+        pointers |= dict.fromkeys(("x", "bias", "out"), "*bf16")
+        made = ptx(plain._multiply, constants, pointers, ("sB", "sH", "sW", "filters"))
+        for instruction in ("wgmma.mma_async", "cp.async.cg.shared.global", "cp.async.bulk.tensor"):
+            assert instruction in made
+
+
+@pytest.mark.parametrize(
+    ("places", "filters", "sizes"),
+    [
+        (50_176, 512, (64, 256, 32)),  # conv4_2 of VGG-16, 64 images
+        (6_272, 512, (64, 128, 64)),  # 8 images: few programs, so they are smaller
+        (784, 512, (64, 64, 128)),  # one image: never enough
+        (802_816, 128, (128, 128, 32)),  # the widest would be half empty
+        (802_816, 384, (128, 128, 32)),
+        (802_816, 192, (64, 256, 32)),
+        (50_176, 64, (128, 64, 32)),
+        (50_176, 8, (128, 64, 32)),
+        (0, 64, (64, 64, 128)),
+    ],
+)
+def test_programs_are_large_where_many_of_them_are_full(places: int, filters: int, sizes: tuple[int, ...]) -> None:
+    how, programs = plain.tiles(places, filters)
+    assert (how["PLACES"], how["FILTERS"], how["STEP"]) == sizes
+    assert programs * sizes[0] * sizes[1] >= places * filters
+    assert programs == -(-places // sizes[0]) * -(-filters // sizes[1])
 
 
 def test_gathering_compiles_for_a_gpu(ptx: Callable[..., str]) -> None:

@@ -153,14 +153,12 @@ class Machine:
         how: dict[str, Any] = {"dtype": self.dtype, "channels_last": True, "tolerance": TOLERANCE}
         ready = fast.optimise(network, example, engine="gathered", **how)
         with torch.no_grad():
-            expected, read = ready(example), example.to(self.dtype, memory_format=ready.layout)
+            expected = ready(example)
             ready.network = dense_layers.own_kernels(dense_layers.rectified(ready.network))
             engines.gathered(ready, engine)
             if engine == "fused":
-                engines.tune(ready.network, read)
                 fast.take_faster(ready, example, 5, engines.GatheredConv2d)
                 engines.pooled(ready.network)
-                engines.tune(ready.network, read)
             else:
                 self._take_from(ready, example)
             ready.difference += _apart(ready(example), expected)

@@ -20,27 +20,12 @@ import torch
 from dense_layers import ImageConv2d, Rectified, _pair
 from torch import Tensor, fx, nn
 
-from sppkit import fast, kernels
+from sppkit import kernels
 from sppkit.compact import ColumnConv2d
-from sppkit.timing import milliseconds
 
 ENGINES = ("columns", "blocks", "fused")
-Tiles = dict[str, int]
-# Of a program: places, and columns or runs (COUNT) that share the arithmetic of these places, or filters
-TILES: dict[str, Tiles] = {
-    "columns": kernels.TILES,
-    "blocks": {"PLACES": 128, "COUNT": 8, "num_warps": 8},
-    "fused": {"PLACES": 128, "FILTERS": 256, "num_warps": 8, "num_stages": 5},
-}
-OTHERS: dict[int, list[Tiles]] = {  # that `tune` tries for "fused", by the filters that a program has
-    64: [{"PLACES": 128, "FILTERS": 64, "num_warps": 4, "num_stages": stages} for stages in (2, 4)],
-    128: [
-        {"PLACES": places, "FILTERS": 128, "num_warps": 4, "num_stages": stages}
-        for places, stages in ((64, 2), (128, 4))
-    ],
-    256: [{"PLACES": 64, "FILTERS": 256, "num_warps": 4, "num_stages": 3}, TILES["fused"]],
-}
-STEP = 128  # bytes of columns that `fused` multiplies at once
+# Of a program that gathers: places, and columns or runs (COUNT) that share the arithmetic of these places
+TILES = {"columns": kernels.TILES, "blocks": {"PLACES": 128, "COUNT": 8, "num_warps": 8}}
 BY_TWO = [(2, 2), (2, 2), (0, 0), (1, 1)]  # kernel, stride, padding and dilation of a pooling
 ROWS = 8  # a GEMM is fast where sizes are multiples of it
 try:
@@ -48,14 +33,14 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from sppkit.kernels import _place
+    from sppkit.kernels import _place, _product
 except ImportError:  # a torch without it
     triton = None
 else:
 
     @triton.jit
     def _blocks(  # type: ignore[no-untyped-def]
-        x, run, taps, read, runs, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw,
+        x, run, taps, read, runs, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
         KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
     ):  # fmt: skip
         parts, channel = (runs + COUNT - 1) // COUNT, tl.arange(0, RUN)[None, :]
@@ -76,12 +61,12 @@ else:
 
     @triton.jit
     def _fused(  # type: ignore[no-untyped-def]
-        x, run, taps, weight, bias, out, runs, places, filters, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh,
-        dw, KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
+        x, index, weight, bias, out, K, filters, places, H, W, Ho, Wo, sB, sC, sH, sW, down, across, top, left, dh, dw,
+        KH: tl.constexpr, KW: tl.constexpr, RUN: tl.constexpr, PLACES: tl.constexpr, FILTERS: tl.constexpr,
         STEP: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, NEAR: tl.constexpr,
     ):  # fmt: skip
-        parts, column = (filters + FILTERS - 1) // FILTERS, tl.arange(0, STEP)
-        part, tile, row = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.arange(0, PLACES)
+        parts, row = (filters + FILTERS - 1) // FILTERS, tl.arange(0, PLACES)
+        first, tile = tl.program_id(0) % parts * FILTERS, tl.program_id(0) // parts
         BETWEEN: tl.constexpr = PLACES // (4 * NEAR) if NEAR > 1 else 4
         SETS: tl.constexpr = PLACES // (4 * BETWEEN * NEAR)
         if POOL:  # rows NEAR and 2 * NEAR * BETWEEN apart are places of one window
@@ -92,25 +77,15 @@ else:
         else:
             at = tile * PLACES + row
         base, inside = _place(at, places, H, W, Ho, Wo, sB, sH, sW, down, across, top, left, dh, dw, KH, KW)
-        NOWHERE: tl.constexpr = 31 if KH * KW < 32 else 63
-        if NOWHERE == 31:
-            inside = inside.to(tl.int32)  # less arithmetic
-        n = part * FILTERS + tl.arange(0, FILTERS)
-        total = tl.full((PLACES, FILTERS), 0.0, tl.float32)
-        for first in range(0, runs * RUN, STEP):
-            r = (first + column) // RUN
-            tap = tl.load(taps + r, mask=r < runs, other=NOWHERE)
-            offset = tl.load(run + r, mask=r < runs, other=0) * RUN + tap // KW * dh * sH + tap % KW * dw * sW
-            offset = tl.max_contiguous(tl.multiple_of(offset + column % RUN, RUN), RUN)  # so that vectors are read
-            there = tl.max_constancy((inside[:, None] >> tap[None, :]) & 1 == 1, (1, RUN))
-            a = tl.load(x + (base[:, None] + offset[None, :]), mask=there, other=0)
-            total = tl.dot(a, weight.load([first, part * FILTERS]), total, input_precision="ieee")
+        total = _product(x, index, weight, base, inside, first, K, sC, sH, sW, dh, dw, KH, KW, RUN, FILTERS, STEP)
         if POOL:
             total = tl.reshape(total, (SETS, 2, BETWEEN, 2, NEAR, FILTERS))
             total = tl.reduce(tl.reduce(total, 1, _larger), 2, _larger)
             total = tl.reshape(total, (PLACES // 4, FILTERS))
             at, places = tile * (PLACES // 4) + tl.arange(0, PLACES // 4), places // 4
-        total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
+        n = first + tl.arange(0, FILTERS)
+        if bias is not None:
+            total += tl.load(bias + n, mask=n < filters, other=0).to(tl.float32)[None, :]
         total = tl.maximum(total, 0.0) if RELU else total
         to = out + at.to(tl.int64)[:, None] * filters + n[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=(at < places)[:, None] & (n < filters)[None, :])
@@ -157,7 +132,7 @@ class GatheredConv2d(nn.Module):
         self.bias = None if bias is None or engine == "columns" else nn.Parameter(bias.detach())
         self.register_buffer("index", index.int())
         self.column, self.relu = (column,), relu  # no submodule; `fast.take_faster` asks for other forms
-        self.tiles, self.pool = TILES[engine], False
+        self.pool = False
 
     def dense(self) -> nn.Module:
         conv = self.column[0].dense().to(self.weight)
@@ -167,21 +142,17 @@ class GatheredConv2d(nn.Module):
         if self.engine == "columns":
             return self._by_columns(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        B, _, H, W = x.shape
-        (kh, kw), (dh, dw), (left, right, top, bottom) = self.kernel_size, self.dilation, self.padding
-        Ho = (H + top + bottom - dh * (kh - 1) - 1) // self.stride[0] + 1
-        Wo = (W + left + right - dw * (kw - 1) - 1) // self.stride[1] + 1
-        sB, _, sH, sW = x.stride()
-        rest = (sB, sH, sW, *self.stride, top, left, dh, dw, kh, kw)
+        if (sizes := kernels._sizes(x, self)) is None:
+            raise RuntimeError(f"engine={self.engine!r} needs a GPU; the images are on {x.device}")
+        Ho, Wo = sizes[3:5]
         inside = self.pool and self.engine == "fused" and Ho % 2 == Wo % 2 == 0  # of the kernel
-        sizes = (B * Ho * Wo, H, W, Ho, Wo)
-        y = self._at_once(x, sizes, rest, inside) if self.engine == "fused" else self._by_blocks(x, sizes, rest)
-        y = y.unflatten(0, (B, Ho // 2, Wo // 2) if inside else (B, Ho, Wo)).permute(0, 3, 1, 2)
+        y = self._at_once(x, sizes, inside) if self.engine == "fused" else self._by_blocks(x, sizes)
+        y = y.unflatten(0, (len(x), Ho // 2, Wo // 2) if inside else (len(x), Ho, Wo)).permute(0, 3, 1, 2)
         return nn.functional.max_pool2d(y, 2) if self.pool and not inside else y
 
     def _by_columns(self, x: Tensor) -> Tensor:
         """(B, O, Ho, Wo), laid out as (O, B, Ho, Wo)."""
-        read = kernels.gather(x, self, self.weight.shape[1], self.tiles)
+        read = kernels.gather(x, self, self.weight.shape[1], TILES["columns"])
         if read is None:
             raise RuntimeError(
                 f"engine='columns' needs a GPU that Triton's kernel runs on; the images are on {x.device}"
@@ -191,50 +162,23 @@ class GatheredConv2d(nn.Module):
         y = torch._addmm_activation(x.new_zeros(flat.shape[1]), self.weight, flat) if rectified else self.weight @ flat
         return y.unflatten(1, read.shape[1:]).transpose(0, 1)
 
-    def _by_blocks(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
-        runs, kernel, how = len(self.runs), globals()["_blocks"], self.tiles
+    def _by_blocks(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        (kh, kw), runs, kernel, how = self.kernel_size, len(self.runs), globals()["_blocks"], TILES["blocks"]
         read = x.new_empty(sizes[0], runs * self.run)
         grid = (triton.cdiv(runs, how["COUNT"]) * triton.cdiv(sizes[0], how["PLACES"]),)
-        kernel[grid](x, self.runs, self.taps, read, runs, *sizes, *rest, RUN=self.run, **how)
+        kernel[grid](x, self.runs, self.taps, read, runs, *sizes, KH=kh, KW=kw, RUN=self.run, **how)
         bias = x.new_zeros(self.weight.shape[1]) if self.bias is None else self.bias
         return (torch._addmm_activation if self.relu else torch.addmm)(bias, read, self.weight)
 
-    def _at_once(self, x: Tensor, sizes: tuple[Any, ...], rest: tuple[Any, ...], pool: bool) -> Tensor:
-        filters, kernel, how = self.column[0].out_channels, globals()["_fused"], self.tiles
-        bias, step = x.new_zeros(filters) if self.bias is None else self.bias, STEP // x.element_size()
+    def _at_once(self, x: Tensor, sizes: tuple[int, ...], pool: bool) -> Tensor:
+        (kh, kw), filters, kernel = self.kernel_size, self.column[0].out_channels, globals()["_fused"]
+        how, grid = kernels.tiles(sizes[0], filters)
         y = x.new_empty(sizes[0] // 4 if pool else sizes[0], filters)
-        grid = (triton.cdiv(filters, how["FILTERS"]) * triton.cdiv(sizes[0], how["PLACES"]),)
-        weight = TensorDescriptor.from_tensor(self.weight.data, [step, how["FILTERS"]])
-        given = (x, self.runs, self.taps, weight, bias, y, len(self.runs), sizes[0], filters)
+        weight = TensorDescriptor.from_tensor(self.weight.data, [how["STEP"], how["FILTERS"]])
+        given = (x, self.index, weight, self.bias, y, len(self.index), filters, *sizes)
         near = 8 if how["PLACES"] >= 32 * how["num_warps"] else 1  # a thread's rows of a product are 8 apart, and more
-        how = {**how, "RUN": self.run, "STEP": step, "RELU": self.relu, "POOL": pool, "NEAR": near}
-        kernel[grid](*given, *sizes[1:], *rest, **how)
+        kernel[(grid,)](*given, KH=kh, KW=kw, RUN=self.run, RELU=self.relu, POOL=pool, NEAR=near, **how)
         return y
-
-
-def tune(network: nn.Module, example: Tensor) -> None:
-    """Set `tiles` of every `GatheredConv2d` by "fused" in a network, on a GPU, to what is fastest for what it reads."""
-    layers = [module for module in network.modules() if isinstance(module, GatheredConv2d) and module.engine == "fused"]
-    hooks = [layer.register_forward_pre_hook(lambda layer, x: _tune(layer, x[0])) for layer in layers]
-    try:
-        network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _tune(layer: nn.Module, x: Tensor) -> None:
-    assert isinstance(layer, GatheredConv2d)
-    filters = layer.column[0].out_channels
-    tried = OTHERS[next((width for width in OTHERS if filters <= width), max(OTHERS))]
-    made = dict[int, nn.Module]()
-    for number, tiles in enumerate(tried):
-        layer.tiles = tiles
-        try:
-            made[number] = fast.Captured(cast(Any, layer.forward), x)  # no hook is called
-        except Exception as problem:  # more memory than a multiprocessor has, for one
-            print(f"{layer.engine}, {tiles}: {problem}", flush=True)
-    layer.tiles = tried[int(milliseconds(made, x, 5).median().idxmin())] if made else TILES["fused"]  # type: ignore[arg-type]
 
 
 def pooled(network: fx.GraphModule) -> None:
