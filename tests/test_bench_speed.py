@@ -180,7 +180,10 @@ def test_the_way_of_a_gpu_through_the_benchmark(
     nets = {"dense": whole, "columns": bench.fewer_columns(whole, image, 4)}
     nets[f"blocks of {bench.BLOCK}"] = bench.fewer_columns(whole, image, 4, kind=f"block{bench.BLOCK}")
     found = machine.table(nets, image).set_index("network")
-    assert [*found.index] == [*nets, "dense, library", "columns, gathered", "blocks of 16, fused", "dense, again"]
+    package = [f"{name}, package" for name in nets]
+    trials = ["columns, gathered", "blocks of 16, fused"]
+    assert [*found.index] == [*nets, "dense, library", *package, *trials, "dense, again"]
+    assert found.loc[package, "form"].str.fullmatch("(NCHW|NHWC)(, dense)?(, in 32s)?").all()
     assert (found["difference"] < 1e-4).all()
     assert (found["layers_ms"] > 0).all()
     ways = "(NCHW|NHWC)(, dense)?(, in 32s)?(, ReLU inside|, own kernels|, own kernels, in pairs)?"

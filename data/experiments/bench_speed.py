@@ -2,8 +2,9 @@
 
 Nothing is trained: weights are random, and which channels and columns go is drawn; a clock does not see the difference.
 All networks, the dense one too, are made ready by `fast.optimise` in the layout of memory that is faster for each, on a
-GPU with what `dense_layers` spares them where that is; "dense, library" is without its kernels. Single layers take what
-they read as they want it, and have no bias: a library adds it in a pass of its own unless a ReLU follows.
+GPU with what `dense_layers` spares them where that is; "dense, library" is without its kernels, ", package" as
+`fast.optimise` alone leaves it. Single layers take what they read as they want it, and have no bias: a library adds it
+in a pass of its own unless a ReLU follows.
 On a GPU in bf16, each replayed as a CUDA graph, on a CPU in float32. Rounds are interleaved, and the dense network runs
 twice: how far its two times differ is the noise.
 
@@ -103,11 +104,11 @@ class Machine:
         print(", ".join(f"{name} {value}" for name, value in about.items()))
         return {"schema": 1, "experiment": experiment, **about}
 
-    def ready(self, network: nn.Module, example: Tensor, *, own: bool = True) -> fast.Ready:
+    def ready(self, network: nn.Module, example: Tensor, *, own: bool = True, package: bool = False) -> fast.Ready:
         """The fastest of both layouts, on a GPU with and without what `dense_layers` has; `form` tells which.
 
         And of widths filled up to 8 and 32 there, and of columns and samplers by measurement and dense throughout.
-        own: False leaves out kernels that are not the library's.
+        own: False leaves out kernels that are not the library's; package: what `fast.optimise` makes, and no more.
         """
         how: dict[str, Any] = {"dtype": self.dtype, "tolerance": TOLERANCE if self.gpu else None}
         layouts: dict[str, dict[str, Any]] = {"NCHW": {"channels_last": False}, "NHWC": {"channels_last": True}}
@@ -119,7 +120,7 @@ class Machine:
         narrow = any(conv.out_channels <= dense_layers.NARROW for conv in convolutions(network).values())
         for layout, given in layouts.items():
             made[layout] = fast.optimise(network, example, **given, **how)
-            if self.gpu and layout != "NCHW":
+            if self.gpu and layout != "NCHW" and not package:
                 inside = f"{layout}, ReLU inside"
                 self._try(made, layout, inside, dense_layers.rectified, example)
                 if own:
@@ -222,6 +223,8 @@ class Machine:
         ready = {name: self.ready(network, example) for name, network in networks.items()}
         if self.gpu:
             ready[f"{first}, library"] = self.ready(networks[first], example, own=False)
+        for name in [name for name in networks if self.gpu and name in (first, *TRIALS)]:
+            ready[f"{name}, package"] = self.ready(networks[name], example, package=True)
         for name in [name for name in networks if self.gpu and name in TRIALS]:
             *_, engine = TRIALS[name]
             try:
