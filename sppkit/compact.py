@@ -104,13 +104,14 @@ class ColumnConv2d(nn.Module):
         alike = plain and (x.dtype, x.device) == (self.weight.dtype, self.weight.device) == (x.dtype, self.index.device)
         if not alike or x.device.type not in kernels.DEVICES or torch.is_autocast_enabled(x.device.type):
             return None
-        if self.engine == "fused" and x.element_size() == 2 and (y := kernels.multiply(x, self)) is not None:
-            return y.contiguous() if x.is_contiguous() else y  # in the layout that was given
-        weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
-        weight = F.pad(weight, (0, -weight.shape[1] % 8))  # a GEMM is fast where sizes are multiples of it
-        if (read := kernels.gather(x, self, weight.shape[1])) is None:
-            return None
-        return (weight @ read.flatten(1)).unflatten(1, read.shape[1:]).transpose(0, 1).contiguous()
+        y = kernels.multiply(x, self) if self.engine == "fused" and x.element_size() == 2 else None
+        if y is None:
+            weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)
+            weight = F.pad(weight, (0, -weight.shape[1] % 8))  # a GEMM is fast where sizes are multiples of it
+            if (read := kernels.gather(x, self, weight.shape[1])) is None:
+                return None
+            y = (weight @ read.flatten(1)).unflatten(1, read.shape[1:]).transpose(0, 1)
+        return y.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)  # as x
 
     def dense(self) -> nn.Conv2d:
         """The convolution that it is, zeros in the place of missing columns."""

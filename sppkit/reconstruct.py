@@ -68,11 +68,6 @@ def lasso_problem(moments: Moments, weight: Tensor, *, unit_norm: bool = True) -
 
     <Z_i, Z_j> is the sum of the (i, j) block of A * B, outputs centred. `unit_norm` divides W_i by its Frobenius norm,
     as eq. (2) demands; a channel whose W_i is 0 is dead. Raises ValueError for another weight than the moments'.
-
-    >>> moments = Moments().add(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[2.0], [-2.0]]))
-    >>> gram, correlation = lasso_problem(moments, torch.full((1, 2, 1, 1), 2.0))
-    >>> gram.tolist(), correlation.tolist()
-    ([[1.0, 0.0], [0.0, 0.0]], [2.0, 0.0])
     """
     n, c, kh, kw = weight.shape
     if (c * kh * kw, n) != moments.xty.shape:

@@ -85,9 +85,6 @@ def update(
 
     Returns a new tensor like `probability`, the same values once `target` groups are at 1. In the adaptive form no more
     than `target` ever reach 1: only ranks below the remaining target gain probability.
-
-    >>> update(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.0, 2.0, 1.0]), target=2)
-    tensor([1.0000, 0.5000, 0.0500])
     """
     check(A=A, u=u, form=form)
     if probability.dim() != 1 or probability.shape != importance.shape:

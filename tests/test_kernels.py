@@ -67,9 +67,12 @@ def test_a_column_layer_by_the_kernel_is_the_masked_convolution(
     with torch.no_grad():
         torch.testing.assert_close(column(x), conv(x))
         assert column(x).is_contiguous()
+        last = column(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(last, conv(x))
+        assert last.is_contiguous(memory_format=torch.channels_last), "or what comes next would turn it over"
         with pytest.raises(RuntimeError):
             column(torch.randn(1, 6, 0, 4, dtype=dtype))  # no image to read
-        assert len(launched) == 3
+        assert len(launched) == 4
         nothing = ColumnConv2d(conv, torch.arange(0))
         torch.testing.assert_close(nothing(x), conv(x) * 0 + (conv.bias[:, None, None] if bias else 0))
         large = nn.Conv2d(6, 2, 8, padding=4).to(dtype)  # 64 taps: more than there are bits
