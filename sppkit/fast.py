@@ -36,8 +36,8 @@ def optimise(
     """A copy for inference on the device of `example` (B, C, H, W), which it is measured and checked with.
 
     dtype, channels_last: of weights and inputs; a call takes float32 images in any layout.
-    engine: of columns and samplers; "measured" takes what is faster in the median of `rounds`, layer by layer, "dense"
-    or not. "gathered" columns are laid side by side first; "fused" ones, in runs on a GPU, are multiplied as they lie.
+    engine: of columns and samplers; "measured" takes what is faster in the median of `rounds`, by layer and as a whole,
+    "dense" or not. "gathered" columns are laid side by side first, "fused" ones, in runs on a GPU, multiplied in place.
     multiple: which widths are filled up to, by `fill_up`; None: 8 on a GPU, 1, which is not at all, on a CPU.
     capture: as one CUDA graph, for batches of the shape of `example` only; a call overwrites the last one's output.
     tolerance: of the outputs' difference over their size, both norms, `difference` of the result; by precision.
@@ -168,7 +168,7 @@ def take_faster(ready: Ready, example: Tensor, rounds: int, kind: Any = OWN, for
     ready(example)
     for hook in hooks:
         hook.remove()
-    other = copy.deepcopy(ready) if columns else ready
+    other = copy.deepcopy(ready) if rounds and columns else ready
     for name, column in columns.items():
         x, made = inputs.pop(name), getattr(column, form)().to(memory_format=ready.layout)
         other.network.set_submodule(name, made)
