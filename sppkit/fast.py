@@ -5,6 +5,7 @@ for a GPU, whose libraries are slow at odd widths, channels of zeros fill widths
 """
 
 import copy
+from collections.abc import Mapping
 from math import prod
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ def optimise(
     dtype, channels_last: of weights and inputs; a call takes float32 images in any layout.
     engine: of columns and samplers; "measured" takes what is faster in the median of `rounds`, by layer and as a whole,
     "dense" or not. "gathered" columns are laid side by side first, "fused" ones, in runs on a GPU, multiplied in place.
-    multiple: which widths are filled up to, by `fill_up`; None: 8 on a GPU, 1, which is not at all, on a CPU.
+    multiple: that `fill_up` fills widths up to; None: of 1, 16 (GPU: 8, 16, 32, 64) the fastest, unmeasured the first.
     capture: as one CUDA graph, for batches of the shape of `example` only; a call overwrites the last one's output.
     tolerance: of the outputs' difference over their size, both norms, `difference` of the result; by precision.
     Raises ValueError for an engine, precision or device that cannot be, RuntimeError if outputs differ more.
@@ -55,16 +56,18 @@ def optimise(
     runs = {m: run_length(m.index, prod(m.kernel_size)) for m in folded.modules() if isinstance(m, ColumnConv2d)}
     if engine == "fused" and not (example.is_cuda and dtype.itemsize == 2 and max(runs.values(), default=1) > 7):
         raise ValueError("engine='fused' needs a GPU, bf16 or fp16, and columns in runs of 8 channels; try 'measured'")
-    fill_up(folded, (8 if example.is_cuda else 1) if multiple is None else multiple)
     for column, run in runs.items():
         column.engine = engine if engine == "gathered" else column.engine
         if example.is_cuda and run > 7:  # as the kernel reads them
             column.weight.data = column.weight.data.T.contiguous().T
-    result = Ready(folded, dtype, layout)
+    known = [8, 16, 32, 64] if example.is_cuda else [1, 16]
+    multiples = [multiple] if multiple is not None else known if engine == "measured" else known[:1]
     with torch.no_grad():
         expected = copy.deepcopy(network).to(example.device).eval()(example).float()
-        if engine in ("measured", "dense"):
-            take_faster(result, example, rounds if engine == "measured" else 0)
+        forms = {str(m): Ready(fill_up(copy.deepcopy(folded), m), dtype, layout) for m in multiples}
+        for form in forms.values() if engine in ("measured", "dense") else ():
+            take_faster(form, example, rounds if engine == "measured" else 0)
+        result = forms[fastest(forms, example, rounds)]
         if capture:
             result.capture(example)
         result.difference = float((result(example) - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -75,8 +78,8 @@ def optimise(
 
 
 @torch.no_grad()
-def fill_up(network: nn.Module, multiple: int) -> None:
-    """Widths between layers, in place, up to a `multiple` by zeros that no layer hears; the function stays.
+def fill_up(network: nn.Module, multiple: int) -> nn.Module:
+    """The network, widths between layers, in place, up to a `multiple` by zeros that no layer hears.
 
     By 8, 16 or 32 a width that is seven eighths of one of 64, a library's tile, or more goes up to that. The image gets
     its zeros where a convolution reads it. Not filled up: the output, what a sampler picks, and channels that
@@ -102,6 +105,7 @@ def fill_up(network: nn.Module, multiple: int) -> None:
         if name in readers and alone and (extra := -conv.in_channels % multiple):
             _hear(conv, conv.in_channels, extra)
             network.set_submodule(name, nn.Sequential(nn.ZeroPad3d((0, 0, 0, 0, 0, extra)), conv))
+    return network
 
 
 def _hear(reader: Any, width: int, extra: int) -> None:
@@ -159,8 +163,8 @@ class Captured(nn.Module):
         return self.output
 
 
-def take_faster(ready: Ready, example: Tensor, rounds: int, kind: Any = OWN, form: str = "dense") -> None:
-    """Replace modules of a `kind` by another of their forms where that is faster, alone or all; rounds = 0: all."""
+def take_faster(ready: Ready, example: Tensor, rounds: int, kind: Any = OWN) -> None:
+    """Replace modules of a `kind` by their dense forms where that is faster, alone or all; rounds = 0: all."""
     found = {name: m for name, m in ready.network.named_modules() if isinstance(m, kind)}
     columns = {n: m for n, m in found.items() if not rounds or m.padding[::2] == m.padding[1::2]}  # or no dense form
     inputs, names, laid = dict[str, Tensor](), {m: n for n, m in columns.items()}, {"memory_format": ready.layout}
@@ -170,15 +174,15 @@ def take_faster(ready: Ready, example: Tensor, rounds: int, kind: Any = OWN, for
         hook.remove()
     other = copy.deepcopy(ready) if rounds and columns else ready
     for name, column in columns.items():
-        x, made = inputs.pop(name), getattr(column, form)().to(memory_format=ready.layout)
+        x, made = inputs.pop(name), column.dense().to(memory_format=ready.layout)
         other.network.set_submodule(name, made)
-        if not rounds or _faster(made, column, x, rounds):
+        if not rounds or fastest({"old": column, "new": made}, x, rounds) == "new":
             ready.network.set_submodule(name, made)
-    if rounds and columns and _faster(other, ready, example, rounds):  # neighbours paid, in another layout for one
-        ready.network = other.network
+    if rounds and columns:  # neighbours may have paid, in another layout for one
+        ready.network = {"old": ready, "new": other}[fastest({"old": ready, "new": other}, example, rounds)].network
 
 
-def _faster(new: nn.Module, old: nn.Module, x: Tensor, rounds: int) -> bool:
-    made = {name: Captured(each, x) if x.is_cuda else each for name, each in (("old", old), ("new", new))}
-    times = milliseconds(made, x, rounds).median()
-    return bool(times["new"] < times["old"])
+def fastest(forms: Mapping[str, nn.Module], x: Tensor, rounds: int) -> str:
+    """Which network takes the least time for images x, on a GPU as a CUDA graph, in the median of `rounds`."""
+    made = {name: Captured(each, x) if x.is_cuda else each for name, each in forms.items()} if len(forms) > 1 else {}
+    return str(milliseconds(made, x, rounds).median().idxmin()) if made else next(iter(forms))

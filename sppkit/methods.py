@@ -7,8 +7,6 @@
 Each moves `pruner.probability`, returns what to record, and ends at the plan's FLOP ratio.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from sppkit.pruner import Pruner
 
 
-def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> Tensor:
+def probabilistic(pruner: "Pruner", importance: Tensor, *, falls: bool = True) -> Tensor:
     """SPP: one update of every layer that is not yet at its target; `falls=False` keeps what has risen."""
     old = pruner.probability.clone()
     ends = ((old, 1.0), (importance, torch.inf))  # of groups that are not there
@@ -46,17 +44,17 @@ def probabilistic(pruner: Pruner, importance: Tensor, *, falls: bool = True) -> 
     return seen
 
 
-def oneshot(pruner: Pruner, importance: Tensor) -> Tensor:
+def oneshot(pruner: "Pruner", importance: Tensor) -> Tensor:
     """The least important groups of each layer, at once and for good."""
     pruner.remove(cut(pruner, positions(pruner, importance))[0], last=True)
     return pruner.probability
 
 
-METHODS: dict[str, Callable[[Pruner, Tensor], Tensor]] = {"spp": probabilistic, "oneshot": oneshot}
-PENALTIES: dict[str, Callable[[Pruner], None]] = {}  # by method: adds its own to the gradients, step by step
+METHODS: dict[str, Callable[["Pruner", Tensor], Tensor]] = {"spp": probabilistic, "oneshot": oneshot}
+PENALTIES: dict[str, Callable[["Pruner"], None]] = {}  # by method: adds its own to the gradients, step by step
 
 
-def positions(pruner: Pruner, importance: Tensor) -> np.ndarray:
+def positions(pruner: "Pruner", importance: Tensor) -> np.ndarray:
     """Place of each group in the order of removal: rank (from 1) over target; above 1 a group is not planned to go."""
     score, place = importance.double().cpu().numpy(), np.full(len(importance), np.inf)
     score = np.where(pruner.gone.cpu().numpy(), -np.inf, score)
@@ -66,7 +64,7 @@ def positions(pruner: Pruner, importance: Tensor) -> np.ndarray:
     return np.where(place <= 1, place, np.inf)
 
 
-def cut(pruner: Pruner, order: np.ndarray, *, flop_ratio: float | None = None) -> tuple[np.ndarray, bool]:
+def cut(pruner: "Pruner", order: np.ndarray, *, flop_ratio: float | None = None) -> tuple[np.ndarray, bool]:
     """The groups (G,) that go when they are taken in ascending `order`, and whether this reaches the FLOP ratio.
 
     Those gone already are in it; infinity never goes. It ends as near to the FLOP ratio (the plan's) as it can.

@@ -6,8 +6,6 @@ optimiser the weights (after an exception, `restore`). Masks are drawn for many 
 one's own.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -23,7 +21,7 @@ from sppkit import kernels, methods, spp
 from sppkit.plan import Plan, make_plan
 
 
-def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str = "column", **options: Any) -> Pruner:
+def attach(network: nn.Module, example: Tensor, *, flop_ratio: float, kind: str = "column", **options: Any) -> "Pruner":
     """A pruner for a network of one's own, every convolution by the same ratio; `options` are those of `Pruner`.
 
     Call it after network.to(device), before the optimiser's first step. Once the pruner is finished, BatchNorms have

@@ -97,7 +97,7 @@ def test_the_faster_engine_stays_layer_by_layer(
         return pd.DataFrame([{"old": 2.0, "new": 1.0 + 2 * (len(seen) % 2)}] * rounds)
 
     monkeypatch.setattr(fast, "milliseconds", clock)
-    ready = fast.optimise(small, images, channels_last=layout == torch.channels_last)
+    ready = fast.optimise(small, images, channels_last=layout == torch.channels_last, multiple=1)
     taken, left = ([m for m in net.modules() if isinstance(m, fast.OWN)] for net in (small, ready))
     assert len(seen) == len(taken) > len(columns(small)) > 10
     assert len(left) == -(-len(seen) // 2)
@@ -116,7 +116,7 @@ def test_a_network_is_dense_where_its_columns_pay_by_themselves_alone(
     monkeypatch.setattr(fast, "milliseconds", clock)
     for dense, left in ((1.1, len(columns(small))), (0.9, 0)):
         whole = [dense]
-        ready = fast.optimise(small, images)
+        ready = fast.optimise(small, images, multiple=1)
         assert len(columns(ready)) == left
         torch.testing.assert_close(ready(images), small(images), rtol=1e-4, atol=1e-4)
 
@@ -131,12 +131,12 @@ def test_a_dense_layer_stands_in_for_a_sampler_that_costs_more(images: Tensor, m
     assert len(samplers) > 5
     frame = {"old": [2.0], "new": [1.0]}
     monkeypatch.setattr(fast, "milliseconds", lambda *_: pd.DataFrame(frame))
-    ready = fast.optimise(small, images)
+    ready = fast.optimise(small, images, multiple=1)
     assert not any(isinstance(module, SampledConv2d) for module in ready.modules())
     torch.testing.assert_close(ready(images), network(images), rtol=1e-4, atol=1e-4)
     frame["new"] = [3.0]
-    kept = [name for name, m in fast.optimise(small, images).network.named_modules() if isinstance(m, SampledConv2d)]
-    assert kept == samplers
+    left = fast.optimise(small, images, multiple=1).network.named_modules()
+    assert [name for name, module in left if isinstance(module, SampledConv2d)] == samplers
 
 
 def widths(network: nn.Module) -> dict[str, tuple[int, int]]:
@@ -156,6 +156,28 @@ def test_filled_up_widths_are_multiples_and_the_function_stays(name: str, images
         assert inputs % 24 == 0, layer  # the image's three channels too
     assert f"{image.rpartition('.')[0]}.0" in dict(full.named_modules())  # zeros are laid beside it
     torch.testing.assert_close(full(images), network(images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("fastest", ["1", "16"])
+def test_widths_are_filled_up_where_that_is_faster(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 11, 3), nn.ReLU(), nn.Conv2d(11, 20, 3), nn.ReLU(), nn.Conv2d(20, 4, 3)).eval()
+    asked = list[list[str]]()
+
+    def clock(modules: dict[str, nn.Module], example: Tensor, rounds: int) -> pd.DataFrame:
+        asked.append([*modules])
+        return pd.DataFrame({name: [1.0 if name == fastest else 2.0] for name in modules})
+
+    monkeypatch.setattr(fast, "milliseconds", clock)
+    ready = fast.optimise(network, images)
+    wanted = {"1": [11, 20, 4], "16": [16, 32, 4]}[fastest]
+    assert [conv.out_channels for conv in convolutions(ready).values()] == wanted
+    torch.testing.assert_close(ready(images), network(images), rtol=1e-4, atol=1e-5)
+    for settings in ({"engine": "dense"}, {"multiple": 1}):  # nothing to choose from
+        ready = fast.optimise(network, images, **settings)
+        assert next(iter(convolutions(ready).values())).out_channels == 11
+    assert asked == [["1", "16"]]
 
 
 @pytest.mark.parametrize(

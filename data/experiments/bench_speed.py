@@ -48,6 +48,7 @@ from sppkit.timing import measure, milliseconds
 
 SHARE = 0.25  # of the columns that are kept in single layers
 LAYERS = {"conv3_2": (256, 256, 56), "conv4_1": (256, 512, 28), "conv4_2": (512, 512, 28), "conv5_2": (512, 512, 14)}
+MULTIPLES = (8, 16, 32, 64)  # of widths of a GPU's networks
 BLOCK = 16  # neighbouring input channels of one tap
 TOLERANCE = 0.1  # of outputs in bf16: random weights, factorised from few samples, reach half of it; it is recorded
 # engines on trial by what they are for; of a network the last
@@ -105,34 +106,42 @@ class Machine:
         return {"schema": 1, "experiment": experiment, **about}
 
     def ready(self, network: nn.Module, example: Tensor, *, own: bool = True, package: bool = False) -> fast.Ready:
-        """The fastest of both layouts, on a GPU with and without what `dense_layers` has; `form` tells which.
+        """The fastest of both layouts as `fast.optimise` makes it, on a GPU with and without what `dense_layers` has.
 
-        And of widths filled up to 8 and 32 there, and of columns and samplers by measurement and dense throughout.
+        For that, widths are filled up to each of MULTIPLES; the fastest of these also with dense layers throughout in
+        the place of columns and samplers, and with narrow layers in pairs. `form` of the result tells which it is.
         own: False leaves out kernels that are not the library's; package: what `fast.optimise` makes, and no more.
         """
         how: dict[str, Any] = {"dtype": self.dtype, "tolerance": TOLERANCE if self.gpu else None}
-        layouts: dict[str, dict[str, Any]] = {"NCHW": {"channels_last": False}, "NHWC": {"channels_last": True}}
-        if any(isinstance(module, fast.OWN) for module in network.modules()):
-            layouts["NHWC, dense"] = {"channels_last": True, "engine": "dense"}
+        layouts = {"NCHW": False, "NHWC": True}
+        made = {name: fast.optimise(network, example, channels_last=last, **how) for name, last in layouts.items()}
+        if self.gpu and not package:
+            for multiple in MULTIPLES:
+                self._inside(made, f"NHWC, in {multiple}s", network, example, own, multiple=multiple, **how)
+            best = fast.fastest(made, example, 5)
+            multiple = next((m for m in MULTIPLES if f"in {m}s" in best), MULTIPLES[0])
+            if any(isinstance(module, fast.OWN) for module in network.modules()):
+                dense = f"NHWC, dense, in {multiple}s"
+                self._inside(made, dense, network, example, own, multiple=multiple, engine="dense", **how)
+                best = fast.fastest({name: made[name] for name in made if name == best or "dense" in name}, example, 5)
+            narrow = any(conv.out_channels <= dense_layers.NARROW for conv in convolutions(network).values())
+            if narrow and "own kernels" in best:
+                self._try(made, best, f"{best}, in pairs", dense_layers.paired, example)
+        form = fast.fastest(made, example, 5)
+        ready = made[form]
+        ready.form = form  # type: ignore[assignment]
         if self.gpu:
-            layouts |= {f"{name}, in 32s": {**given, "multiple": 32} for name, given in [*layouts.items()][1:]}
-        made = dict[str, fast.Ready]()
-        narrow = any(conv.out_channels <= dense_layers.NARROW for conv in convolutions(network).values())
-        for layout, given in layouts.items():
-            made[layout] = fast.optimise(network, example, **given, **how)
-            if self.gpu and layout != "NCHW" and not package:
-                inside = f"{layout}, ReLU inside"
-                self._try(made, layout, inside, dense_layers.rectified, example)
-                if own:
-                    kernels = f"{layout}, own kernels"
-                    self._try(made, inside, kernels, dense_layers.own_kernels, example)
-                    if narrow:
-                        self._try(made, kernels, f"{kernels}, in pairs", dense_layers.paired, example)
-        for form, each in made.items():
-            each.form = form  # type: ignore[assignment]
-            if self.gpu:
-                each.capture(example)
-        return made[str(milliseconds(made, example, 5).median().idxmin())]
+            ready.capture(example)
+        return ready
+
+    def _inside(
+        self, made: dict[str, fast.Ready], form: str, network: nn.Module, example: Tensor, own: bool, **how: Any
+    ) -> None:
+        """A form, with ReLUs inside of convolutions, and with kernels of our own."""
+        made[form] = fast.optimise(network, example, channels_last=True, **how)
+        self._try(made, form, f"{form}, ReLU inside", dense_layers.rectified, example)
+        if own:
+            self._try(made, f"{form}, ReLU inside", f"{form}, own kernels", dense_layers.own_kernels, example)
 
     def _try(self, made: dict[str, fast.Ready], form: str, name: str, change: Any, example: Tensor) -> None:
         """One more form of another one; on trial: what a GPU has against it is printed."""
