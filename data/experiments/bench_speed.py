@@ -108,14 +108,16 @@ class Machine:
     def ready(self, network: nn.Module, example: Tensor, *, own: bool = True, package: bool = False) -> fast.Ready:
         """The fastest of both layouts as `fast.optimise` makes it, on a GPU with and without what `dense_layers` has.
 
-        For that, widths are filled up to each of MULTIPLES; the fastest of these also with dense layers throughout in
-        the place of columns and samplers, and with narrow layers in pairs. `form` of the result tells which it is.
-        own: False leaves out kernels that are not the library's; package: what `fast.optimise` makes, and no more.
+        There, in channels-last, widths are filled up to each of MULTIPLES; the fastest of these is tried with dense
+        layers in the place of all columns and samplers, and narrow layers in pairs. `form` of the result tells which.
+        own: False leaves out kernels that are not the library's; package: `fast.optimise` in channels-last, no more.
         """
         how: dict[str, Any] = {"dtype": self.dtype, "tolerance": TOLERANCE if self.gpu else None}
-        layouts = {"NCHW": False, "NHWC": True}
-        made = {name: fast.optimise(network, example, channels_last=last, **how) for name, last in layouts.items()}
-        if self.gpu and not package:
+        if not self.gpu or package:
+            layouts = {"NHWC": True} if self.gpu else {"NCHW": False, "NHWC": True}
+            made = {name: fast.optimise(network, example, channels_last=last, **how) for name, last in layouts.items()}
+        else:
+            made = {"NCHW": fast.optimise(network, example, multiple=MULTIPLES[0], **how)}
             for multiple in MULTIPLES:
                 self._inside(made, f"NHWC, in {multiple}s", network, example, own, multiple=multiple, **how)
             best = fast.fastest(made, example, 5)
