@@ -5,8 +5,8 @@ All networks, the dense one too, are made ready by `fast.optimise` in the layout
 GPU with what `dense_layers` spares them where that is; "dense, library" is without its kernels, ", package" as
 `fast.optimise` alone leaves it. Single layers take what they read as they want it, and have no bias: a library adds it
 in a pass of its own unless a ReLU follows.
-On a GPU in bf16, each replayed as a CUDA graph, on a CPU in float32. Rounds are interleaved, and the dense network runs
-twice: how far its two times differ is the noise.
+On a GPU in bf16, each replayed as a CUDA graph, on a CPU in float32. Rounds are interleaved, and the dense network is
+made ready and runs twice: how far its two times differ is the noise.
 
 ceilings: of a large matrix product (operations a second) and a large copy (bytes a second, read and written).
 floor_ms: of a layer by these, with every number read or written once: the longer of multiplying and moving, for columns
@@ -108,8 +108,8 @@ class Machine:
     def ready(self, network: nn.Module, example: Tensor, *, own: bool = True, package: bool = False) -> fast.Ready:
         """The fastest of both layouts as `fast.optimise` makes it, on a GPU with and without what `dense_layers` has.
 
-        There, in channels-last, widths are filled up to each of MULTIPLES; the fastest of these is tried with dense
-        layers in the place of all columns and samplers, and narrow layers in pairs. `form` of the result tells which.
+        There, in channels-last, widths are filled up to each of MULTIPLES; with the fastest of these columns and
+        samplers, dense layers until then, are tried, and narrow layers in pairs. `form` of the result tells which.
         own: False leaves out kernels that are not the library's; package: `fast.optimise` in channels-last, no more.
         """
         how: dict[str, Any] = {"dtype": self.dtype, "tolerance": TOLERANCE if self.gpu else None}
@@ -118,14 +118,16 @@ class Machine:
             made = {name: fast.optimise(network, example, channels_last=last, **how) for name, last in layouts.items()}
         else:
             made = {"NCHW": fast.optimise(network, example, multiple=MULTIPLES[0], **how)}
+            named = "NHWC, dense" if any(isinstance(module, fast.OWN) for module in network.modules()) else "NHWC"
             for multiple in MULTIPLES:
-                self._inside(made, f"NHWC, in {multiple}s", network, example, own, multiple=multiple, **how)
+                given = {**how, "multiple": multiple, "engine": "dense"}
+                self._inside(made, f"{named}, in {multiple}s", network, example, own, **given)
             best = fast.fastest(made, example, 5)
-            multiple = next((m for m in MULTIPLES if f"in {m}s" in best), MULTIPLES[0])
-            if any(isinstance(module, fast.OWN) for module in network.modules()):
-                dense = f"NHWC, dense, in {multiple}s"
-                self._inside(made, dense, network, example, own, multiple=multiple, engine="dense", **how)
-                best = fast.fastest({name: made[name] for name in made if name == best or "dense" in name}, example, 5)
+            if named != "NHWC":
+                multiple = next((m for m in MULTIPLES if f"in {m}s" in best), MULTIPLES[0])
+                columns = self._inside({}, f"NHWC, in {multiple}s", network, example, own, multiple=multiple, **how)
+                best = fast.fastest({best: made[best], **columns}, example, 5)
+                made |= columns
             narrow = any(conv.out_channels <= dense_layers.NARROW for conv in convolutions(network).values())
             if narrow and "own kernels" in best:
                 self._try(made, best, f"{best}, in pairs", dense_layers.paired, example)
@@ -138,12 +140,13 @@ class Machine:
 
     def _inside(
         self, made: dict[str, fast.Ready], form: str, network: nn.Module, example: Tensor, own: bool, **how: Any
-    ) -> None:
-        """A form, with ReLUs inside of convolutions, and with kernels of our own."""
+    ) -> dict[str, fast.Ready]:
+        """A form more, the same with ReLUs inside of convolutions, and with kernels of our own; all that there are."""
         made[form] = fast.optimise(network, example, channels_last=True, **how)
         self._try(made, form, f"{form}, ReLU inside", dense_layers.rectified, example)
         if own:
             self._try(made, f"{form}, ReLU inside", f"{form}, own kernels", dense_layers.own_kernels, example)
+        return made
 
     def _try(self, made: dict[str, fast.Ready], form: str, name: str, change: Any, example: Tensor) -> None:
         """One more form of another one; on trial: what a GPU has against it is printed."""
@@ -242,7 +245,7 @@ class Machine:
                 ready[f"{name}, {TRIALS[name][engine]}"] = self.gathered(networks[name], example, engine)
             except Exception as problem:  # on trial: what a GPU has against it is no reason to lose the others
                 print(f"{name} by {engine}, {len(example)} images: {problem}", flush=True)
-        ready[f"{first}, again"] = ready[first]
+        ready[f"{first}, again"] = self.ready(networks[first], example)  # anew: places in memory are noise, too
         table = measure(ready, example, rounds=self.sizes.rounds)
         table["times"] = table["median_ms"].iloc[0] / table["median_ms"]
         table["difference"] = pd.Series({name: each.difference for name, each in ready.items()})
@@ -282,6 +285,7 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
         times = milliseconds({"dense": ready["dense"], "last": last}, x, 5).median()
         if times["last"] < times["dense"]:
             ready["dense"] = last
+        again = machine.alone(dense, x, channels_last=ready["dense"] is last)
         difference = {"dense": 0.0, "dense, again": 0.0}  # of outputs, from the masked convolution's
         for kind, kept in list(drawn.items()):
             column = ColumnConv2d(dense, kept.nonzero().flatten())
@@ -296,7 +300,7 @@ def layers(machine: Machine, limits: Mapping[str, float]) -> pd.DataFrame:
                 one = machine.alone(engines.GatheredConv2d(column, engine), x, channels_last=engine != "columns")
                 ready[f"{kind}, {title}"], drawn[f"{kind}, {title}"] = one, kept
                 difference[f"{kind}, {title}"] = _apart(one(x), expected)
-        table = measure({**ready, "dense, again": ready["dense"]}, x, rounds=machine.sizes.rounds).rename_axis("kind")
+        table = measure({**ready, "dense, again": again}, x, rounds=machine.sizes.rounds).rename_axis("kind")
         columns = pd.Series({kind: float(drawn[kind].sum()) if kind in drawn else c * 9.0 for kind in table.index})
         places = len(x) * pixels**2
         multiply = 2 * columns * n * places / limits["operations"]
