@@ -60,18 +60,24 @@ def latest(name: str, root: Path | None = None) -> dict[str, dict[str, Any]]:
     return {line["device"]: line for line in map(json.loads, path.read_text().splitlines())}
 
 
+def timed(root: Path | None = None) -> pd.DataFrame:
+    """The rows that `bench runs` recorded last of each network and batch on each machine."""
+    path, last = (root or project_root()) / "data" / "runs" / "bench-runs.jsonl", dict[Any, pd.DataFrame]()
+    for line in map(json.loads, path.read_text().splitlines()):
+        machine, precision, source = (line[key] for key in ("device", "precision", "revision"))
+        rows = pd.DataFrame(line["rows"]).assign(machine=machine, precision=precision, revision=source)
+        last |= {(machine, *key): part for key, part in rows.groupby(["network", "batch"])}
+    return pd.concat(last.values())
+
+
 def clocked(root: Path | None = None) -> pd.DataFrame:
     """What `bench runs` measured last on each machine, a row a network and batch, beside what it lost.
 
     Columns: machine, precision, revision, network, batch, experiment, run_id, title, flop_ratio_target, median_ms,
     times (the dense network's speed), and of all seeds of such a run lost (mean), spread (standard deviation) and n.
     """
-    about = ("precision", "revision")
-    parts = [
-        pd.DataFrame(b["rows"]).assign(machine=m, **{key: b[key] for key in about})
-        for m, b in latest("bench-runs", root).items()
-    ]
-    times = pd.concat(parts)[["machine", *about, "network", "batch", "run_id", "median_ms", "times", "experiment"]]
+    columns = ["machine", "precision", "revision", "network", "batch", "run_id", "median_ms", "times", "experiment"]
+    times = timed(root)[columns]
     runs = pd.concat([read(name, root) for name in times["experiment"].dropna().unique()]).drop_duplicates("run_id")
     same = ["experiment", "network", "title", "plan", "flop_ratio_target"]
     alike = runs.assign(plan=varied(runs)).groupby(same)["lost"]

@@ -2,8 +2,8 @@
 
 Two kinds of exact zeros go for good: a channel that every consumer ignores, with its filter, BatchNorm entry and
 columns; and a column of a GEMM matrix that is zero in every filter, where the convolution becomes a `ColumnConv2d`, or,
-where whole input channels are zero that others read, a `SampledConv2d`. Which channels meet which convolutions is read
-off the graph (torch.fx); shortcuts, concatenations and anything else that mixes channels keep theirs.
+where whole input channels are zero that others read, a `SampledConv2d`. What mixes channels in the graph (torch.fx),
+shortcuts, concatenations and the like, keeps them.
 """
 
 import copy
@@ -23,6 +23,7 @@ from sppkit import kernels
 CHANNELWISE: tuple[type[nn.Module], ...] = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Identity, nn.Dropout)
 CHANNELWISE += (nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 CHANNELWISE_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, "relu"}
+CACHED = 2**22  # bytes of columns that a CPU gathers at once, or one image's
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
@@ -57,9 +58,9 @@ def _channels(conv: nn.Conv2d) -> Tensor:
 class ColumnConv2d(nn.Module):
     """A convolution by some columns of its GEMM matrix: weight (O, K), index (K,) into the C·kh·kw of `F.unfold`.
 
-    The kept columns are gathered, by a kernel on a GPU, elsewhere from a view of all windows of the input, and one GEMM
-    takes them: no column that is not kept is ever written. Where they go in runs of 8, 16 or 32 neighbouring channels,
-    they are put in that order, and a kernel multiplies 16-bit numbers as it reads them, but by `engine` "gathered".
+    Kept columns are gathered, by a kernel on a GPU, elsewhere from a view of all windows, and one GEMM takes them,
+    there a convolution of 1 x 1; no other column is written. Runs of 8, 16 or 32 neighbouring channels are put in that
+    order, and a GPU's kernel multiplies 16-bit numbers as it reads them, but by `engine` "gathered".
     """
 
     index: Tensor
@@ -71,39 +72,38 @@ class ColumnConv2d(nn.Module):
         self.out_channels, self.kernel_size = conv.out_channels, conv.kernel_size
         self.stride, self.dilation, self.padding = conv.stride, conv.dilation, conv._reversed_padding_repeated_twice
         self.padding_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        taps = self.kernel_size[0] * self.kernel_size[1]
+        taps, any_kept = self.kernel_size[0] * self.kernel_size[1], bool(len(kept))
+        kept = kept if any_kept else kept.new_zeros(1)  # a convolution needs one column, here of zeros
         index = _channels(conv)[kept // taps] * taps + kept % taps
         order = ((index // taps // 32 * taps + index % taps) * 32 + index // taps % 32).argsort()  # by runs
-        fused = kernels.run_length(index[order], taps) > 7
-        order = order if fused else torch.arange(len(kept), device=kept.device)
-        weight = conv.weight.detach().flatten(1)[:, kept[order]]  # (O, K)
+        order = order if (fused := kernels.run_length(index[order], taps) > 7) else order.sort().values
+        weight = conv.weight.detach().flatten(1)[:, kept[order]] * any_kept  # (O, K)
         self.weight = nn.Parameter(weight.T.contiguous().T if fused else weight)  # as the kernel reads it
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.register_buffer("index", index[order])
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            found = self._by_kernel(x)
-            if found is not None:
-                return found
+        if (found := self._numbers(x)) is not None:
+            return found
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
         x = F.pad(x.contiguous(), self.padding, self.padding_mode)
         rows = x.unfold(2, dh * (kh - 1) + 1, sh)[..., ::dh]  # (B, C, Ho, W, kh)
         windows = rows.unfold(3, dw * (kw - 1) + 1, sw)[..., ::dw]  # (B, C, Ho, Wo, kh, kw), a view
         channel, tap = self.index // (kh * kw), self.index % (kh * kw)
-        read = windows[:, channel, :, :, tap // kw, tap % kw]  # (K, B, Ho, Wo)
-        y = self.weight @ read.flatten(1)  # (O, K) @ (K, B*Ho*Wo)
-        y = y if self.bias is None else y + self.bias[:, None]
-        return y.unflatten(1, read.shape[1:]).transpose(0, 1).contiguous()  # (B, O, Ho, Wo)
+        read = windows[:, channel, :, :, tap // kw, tap % kw].transpose(0, 1)  # (B, K, Ho, Wo)
+        return F.conv2d(read, self.weight[:, :, None, None], self.bias)  # (B, O, Ho, Wo), a GEMM
 
-    def _by_kernel(self, x: Tensor) -> Tensor | None:
-        """On a GPU, where numbers are asked for: no gradients, no trace. The bias is one more column."""
+    def _numbers(self, x: Tensor) -> Tensor | None:
+        """Where no more is asked for, no gradients, no trace: by kernels on a GPU, on a CPU so many images at once."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         plain = type(x) is Tensor and x.ndim == 4 and x.shape[1] >= self.in_channels and self.padding_mode == "constant"
         alike = plain and (x.dtype, x.device) == (self.weight.dtype, self.weight.device) == (x.dtype, self.index.device)
-        if not alike or x.device.type not in kernels.DEVICES or torch.is_autocast_enabled(x.device.type):
+        if not alike or x.device.type not in ("cpu", *kernels.DEVICES) or torch.is_autocast_enabled(x.device.type):
             return None
+        if x.device.type not in kernels.DEVICES:
+            some = CACHED // (len(self.index) * x[:1, 0].nbytes or 1) or 1
+            return torch.cat([self.forward(part) for part in x.split(some)]) if len(x) > some else None
         y = kernels.multiply(x, self) if self.engine == "fused" and x.element_size() == 2 else None
         if y is None:
             weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], 1)

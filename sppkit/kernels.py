@@ -1,8 +1,7 @@
 """Triton kernels for a GPU; torch's operators stand in elsewhere.
 
-Masks are applied in one pass over memory each way. Columns of a convolution's GEMM matrix are gathered from an input of
-any layout, or, in runs of neighbouring channels, multiplied while they are read. Padding is never copied: each place of
-the output knows as bits which of its taps lie inside the image.
+Masks are applied in one pass over memory each way. Columns of a GEMM matrix are gathered, of any layout, or, in runs of
+channels, multiplied as they are read. No padding is copied: each place knows as bits which taps lie inside the image.
 """
 
 import math

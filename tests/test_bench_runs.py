@@ -8,6 +8,7 @@ from typing import Any
 
 import bench_runs
 import pytest
+import records as recorded
 import torch
 from channels import depgraph
 from settings import lines
@@ -95,5 +96,33 @@ def test_a_quick_run_is_recorded(
     assert small["times"] == pytest.approx(dense["median_ms"] / small["median_ms"])
     assert (small["method"], small["batch"], small["network"]) == ("spp", 2, "convnet")
     assert "left out: run unknown (spp) has no record of what its network looks like" in capsys.readouterr().out
+    monkeypatch.setitem(bench_runs.BATCHES, "cpu", (2, 1))  # what a list that was cut short had still to do
+    asked = ["bench", "runs", "mine", "--quick", "--device", "cpu", "--root", str(tmp_path)]
+    assert main([*asked, "--revision", "r"]) == 0
+    assert "convnet, 2 images: recorded" in capsys.readouterr().out
+    assert [line["batch"] for line in lines(tmp_path / "build" / "bench-runs.jsonl")] == [2, 1]
+    assert main([*asked, "--revision", "r-dirty"]) == main([*asked, "--revision", "r-dirty"]) == 0
+    assert [line["batch"] for line in lines(tmp_path / "build" / "bench-runs.jsonl")] == [2, 1] * 3
     assert main(["bench", "runs", "nothing", "--root", str(tmp_path)]) == 1
     assert "nothing: no runs of these in" in capsys.readouterr().err
+
+
+def test_of_each_network_and_batch_the_last_record_counts(tmp_path: Path) -> None:
+    """A record of old held all networks; one of now a single table."""
+
+    def line(device: str, revision: str, *tables: tuple[str, int]) -> str:
+        rows = [{"run_id": "dense", "network": network, "batch": batch, "median_ms": 1.0} for network, batch in tables]
+        return json.dumps({"device": device, "precision": "float32", "revision": revision, "rows": rows})
+
+    path = tmp_path / "data" / "runs" / "bench-runs.jsonl"
+    path.parent.mkdir(parents=True)
+    written = [
+        line("CPU", "a", ("vgg16-bn", 1), ("resnet56", 1)),
+        line("GPU", "b", ("vgg16-bn", 1)),
+        line("CPU", "c", ("vgg16-bn", 1)),
+        line("CPU", "c", ("vgg16-bn", 8)),
+    ]
+    path.write_text("\n".join(written))
+    found = recorded.timed(tmp_path).set_index(["machine", "network", "batch"])["revision"]
+    expected = {("CPU", "vgg16-bn", 1): "c", ("CPU", "resnet56", 1): "a", ("GPU", "vgg16-bn", 1): "b"}
+    assert found.to_dict() == expected | {("CPU", "vgg16-bn", 8): "c"}

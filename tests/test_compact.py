@@ -197,7 +197,29 @@ def test_no_kept_column_leaves_the_bias() -> None:
     nn.init.zeros_(network[2].weight)
     small = compact(network, images(8))  # every channel in between is dead; one stays
     assert small[0].out_channels == 1
-    assert small[2].weight.shape == (2, 0)
+    assert small[2].weight.shape == (2, 1)  # and so does one column, of zeros
+    assert not small[2].weight.any()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_many_images_are_gathered_in_parts_that_a_cache_holds(monkeypatch: pytest.MonkeyPatch, stride: int) -> None:
+    conv = nn.Conv2d(4, 5, 3, stride, 1)
+    column, x, read = ColumnConv2d(conv, torch.arange(36)), images(6, 5, 4), list[int]()
+    conv2d = F.conv2d
+
+    def counted(given: Tensor, *others: Tensor) -> Tensor:
+        read.append(len(given))
+        return conv2d(given, *others)
+
+    monkeypatch.setattr(F, "conv2d", counted)
+    with torch.no_grad():
+        for cached, parts in ((1, [1] * 5), (2 * 36 * 4 * 36, [2, 2, 1]), (2**22, [5])):
+            monkeypatch.setattr(module, "CACHED", cached)
+            found = column(x)
+            assert read == parts
+            torch.testing.assert_close(found, conv2d(x, conv.weight, conv.bias, stride, 1))
+            read.clear()
+        assert column(x[:0]).shape == conv(x[:0]).shape
 
 
 def test_nothing_is_replaced_where_every_column_is_kept() -> None:

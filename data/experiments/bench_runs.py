@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -109,7 +110,10 @@ def table(records: Iterable[dict[str, Any]], machine: Machine, batch: int) -> pd
 
 
 def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """`python -m sppkit bench runs`: prints tables and appends a record to data/runs, of --quick to build/."""
+    """`python -m sppkit bench runs`: prints tables, each a record in data/runs, of --quick in build/.
+
+    What this revision has recorded on this machine is left out: a list that was cut short goes on.
+    """
     parser.add_argument("names", nargs="+", help="of experiments that are recorded in data/runs")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, help="only the runs of this seed: others leave networks much like them")
@@ -124,13 +128,22 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     if not records:
         raise ValueError(f"{', '.join(options.names)}: no runs of these in {known}; `python -m sppkit run` makes them")
     about = machine.about("bench-runs", options.revision)
-    parts = []
+    path = options.root / ("build" if options.quick else "data/runs") / "bench-runs.jsonl"
     for network in dict.fromkeys(record["network"] for record in records):
+        same = [record for record in records if record["network"] == network]
         for batch in BATCHES[device.type]:
-            same = [record for record in records if record["network"] == network]
-            parts.append(table(same, machine, batch))
-            _show(parts[-1].drop(columns=["threads", "device", "rounds"]))
-    rows = pd.concat(parts, ignore_index=True)
-    record = about | {"rounds": machine.sizes.rounds, "rows": json.loads(rows.to_json(orient="records"))}
-    folder = options.root / ("build" if options.quick else "data/runs")
-    append_line(folder / "bench-runs.jsonl", json.dumps(record, allow_nan=False))
+            part = {"network": network, "batch": batch, "runs": sorted(record["run_id"] for record in same)}
+            if is_recorded(path, about | part):
+                print(f"{network}, {batch} images: recorded")
+                continue
+            rows = table(same, machine, batch)
+            _show(rows.drop(columns=["threads", "device", "rounds"]))
+            part |= {"rounds": machine.sizes.rounds, "rows": json.loads(rows.to_json(orient="records"))}
+            append_line(path, json.dumps(about | part, allow_nan=False))
+
+
+def is_recorded(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether these runs were timed on this machine by this revision of the source, which is known and clean."""
+    same = [key for key in wanted if key in ("device", "revision", "network", "batch", "runs")]
+    known = wanted["revision"] != "unknown" and not wanted["revision"].endswith("-dirty")
+    return known and any(all(line.get(key) == wanted[key] for key in same) for line in lines(path))

@@ -24,6 +24,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import channels
@@ -117,7 +118,7 @@ class Machine:
             layouts = {"NHWC": True} if self.gpu else {"NCHW": False, "NHWC": True}
             made = {name: fast.optimise(network, example, channels_last=last, **how) for name, last in layouts.items()}
         else:
-            made = {"NCHW": fast.optimise(network, example, multiple=MULTIPLES[0], **how)}
+            made = {"NCHW": fast.optimise(network, example, multiple=MULTIPLES[0], engine="dense", **how)}
             named = "NHWC, dense" if any(isinstance(module, fast.OWN) for module in network.modules()) else "NHWC"
             for multiple in MULTIPLES:
                 given = {**how, "multiple": multiple, "engine": "dense"}
@@ -182,16 +183,20 @@ class Machine:
         return ready
 
     def _take_from(self, ready: fast.Ready, example: Tensor) -> None:
-        """Dense layers up to the one from which on columns are faster: they lie in another order, changed once."""
+        """Dense layers up to the one from which on columns are faster: they lie in another order, changed once.
+
+        Of many layers about every sixteenth part is tried.
+        """
         found = {n: m for n, m in ready.network.named_modules() if isinstance(m, engines.GatheredConv2d)}
         layers = {name: layer for name, layer in found.items() if layer.padding[::2] == layer.padding[1::2]}
-        names, times = [*layers], []
-        for before in ["", *names]:
-            if before:
+        names, times = [*layers], dict[int, float]()
+        ends = [*range(0, len(names), max(1, len(names) // 16)), len(names)]
+        for start, end in pairwise([0, *ends]):
+            for before in names[start:end]:
                 ready.network.set_submodule(before, layers[before].dense().to(memory_format=ready.layout))  # type: ignore[call-overload]
             probe = fast.Captured(ready, example) if self.gpu else ready
-            times.append(float(milliseconds({"": probe}, example, 5).median().iloc[0]))
-        for name in names[int(np.argmin(times)) :]:
+            times[end] = float(milliseconds({"": probe}, example, 5).median().iloc[0])
+        for name in names[min(times, key=times.__getitem__) :]:
             ready.network.set_submodule(name, layers[name])
 
     @torch.no_grad()
