@@ -78,7 +78,7 @@ class ColumnConv2d(nn.Module):
         order = ((index // taps // 32 * taps + index % taps) * 32 + index // taps % 32).argsort()  # by runs
         order = order if (fused := kernels.run_length(index[order], taps) > 7) else order.sort().values
         weight = conv.weight.detach().flatten(1)[:, kept[order]] * any_kept  # (O, K)
-        self.weight = nn.Parameter(weight.T.contiguous().T if fused else weight)  # as the kernel reads it
+        self.weight = nn.Parameter(weight.T.contiguous().T if fused and weight.is_cuda else weight)  # as it is read
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
         self.register_buffer("index", index[order])
 

@@ -58,8 +58,8 @@ def optimise(
         raise ValueError("engine='fused' needs a GPU, bf16 or fp16, and columns in runs of 8 channels; try 'measured'")
     for column, run in runs.items():
         column.engine = engine if engine == "gathered" else column.engine
-        if example.is_cuda and run > 7:  # as the kernel reads them
-            column.weight.data = column.weight.data.T.contiguous().T
+        weight = column.weight.data  # laid out as it is read there
+        column.weight.data = weight.T.contiguous().T if example.is_cuda and run > 7 else weight.contiguous()
     known = [8, 16, 32, 64] if example.is_cuda else [1, 16]
     multiples = [multiple] if multiple is not None else known if engine == "measured" else known[:1]
     with torch.no_grad():
