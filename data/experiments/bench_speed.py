@@ -265,7 +265,7 @@ class Machine:
 
 
 def ceilings(machine: Machine) -> dict[str, float]:
-    """Operations and bytes a second of a large product, also as a convolution, and a large copy, in the fastest round."""
+    """Operations and bytes a second of a large product, also as a convolution, and a large copy, at the fastest."""
     n, count = machine.sizes.matrix, machine.sizes.copied
     a, b = (torch.randn(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
     source = torch.randn(count, device=machine.device, dtype=machine.dtype)
