@@ -1,7 +1,7 @@
 """A network made ready to run, dense or compact: one call, so that both are measured at their best.
 
 BatchNorms are folded; where reading single columns or channels costs more than it saves, a dense layer stands in; and
-for a GPU, whose libraries are slow at odd widths, channels of zeros fill widths up.
+where a library is slow at odd widths, channels of zeros fill them up, if that is faster.
 """
 
 import copy
