@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -325,3 +327,33 @@ def test_a_run_that_may_never_end_is_cut_and_says_so(
     assert record["flop_ratio"] == pytest.approx(2, rel=0.01)
     with pytest.raises(RuntimeError, match="30 steps were too few to prune"):
         run(replace(settings, form="adaptive", siblings=0.0, A=0.01), digits, places)
+
+
+def test_the_revision_is_of_the_source_whatever_records_are_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, record = tmp_path / "data" / "experiments" / "driver.py", tmp_path / "data" / "runs" / "mine.jsonl"
+    monkeypatch.setattr(driver, "__file__", str(here))
+    for path in (here, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("old\n")
+    assert driver.revision() == "unknown"
+    git = [
+        "git",
+        "-C",
+        str(tmp_path),
+        "-c",
+        "user.name=n",
+        "-c",
+        "user.email=e@example.org",
+        "-c",
+        "commit.gpgsign=false",
+    ]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "m"]):
+        subprocess.run([*git, *command], check=True)
+    clean = driver.revision()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    record.write_text("new\n")
+    assert driver.revision() == clean
+    here.write_text("new\n")
+    assert driver.revision() == f"{clean}-dirty"

@@ -428,10 +428,15 @@ def hold_out(data: ImageData, count: int) -> ImageData:
 
 
 def revision() -> str:
-    """The git revision of the source, with "-dirty" where files differ from it; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    """The git revision of the source, "-dirty" where files but records differ from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+
+    try:
+        changed = git("diff", "--name-only", "HEAD", "--", ":/", ":(exclude,top)data/runs")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
