@@ -50,8 +50,7 @@ class SampledConv2d(nn.Conv2d):
         return ColumnConv2d(self, torch.arange(self.weight[0].numel(), device=self.index.device)).dense()
 
 
-def _channels(conv: nn.Conv2d) -> Tensor:
-    """Which channels of its input a convolution reads, in order."""
+def _channels(conv: nn.Conv2d) -> Tensor:  # which of its input's a convolution reads, in order
     return conv.index if isinstance(conv, SampledConv2d) else torch.arange(conv.in_channels, device=conv.weight.device)
 
 
@@ -83,8 +82,10 @@ class ColumnConv2d(nn.Module):
         self.register_buffer("index", index[order])
 
     def forward(self, x: Tensor) -> Tensor:
-        if (found := self._numbers(x)) is not None:
-            return found
+        if not torch.jit.is_scripting():
+            found = self._numbers(x)
+            if found is not None:
+                return found
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
         x = F.pad(x.contiguous(), self.padding, self.padding_mode)
         rows = x.unfold(2, dh * (kh - 1) + 1, sh)[..., ::dh]  # (B, C, Ho, W, kh)

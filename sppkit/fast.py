@@ -79,7 +79,7 @@ def optimise(
 
 @torch.no_grad()
 def fill_up(network: nn.Module, multiple: int) -> nn.Module:
-    """The network, widths between layers, in place, up to a `multiple` by zeros that no layer hears.
+    """The network, its widths filled up, in place, to a `multiple` by zeros that no layer hears; the function stays.
 
     By 8, 16 or 32 a width that is seven eighths of one of 64, a library's tile, or more goes up to that. The image gets
     its zeros where a convolution reads it. Not filled up: the output, what a sampler picks, and channels that

@@ -338,17 +338,7 @@ def test_the_revision_is_of_the_source_whatever_records_are_new(
         path.parent.mkdir(parents=True)
         path.write_text("old\n")
     assert driver.revision() == "unknown"
-    git = [
-        "git",
-        "-C",
-        str(tmp_path),
-        "-c",
-        "user.name=n",
-        "-c",
-        "user.email=e@example.org",
-        "-c",
-        "commit.gpgsign=false",
-    ]
+    git = f"git -C {tmp_path} -c user.name=n -c user.email=e@example.org -c commit.gpgsign=false".split()
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "m"]):
         subprocess.run([*git, *command], check=True)
     clean = driver.revision()

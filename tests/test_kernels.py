@@ -98,7 +98,7 @@ def test_a_column_layer_goes_by_operators_where_more_than_numbers_is_asked_for(
         expected = conv(x)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            traced = [torch.jit.trace(column, (x,), check_trace=False)]
+            traced = [torch.jit.trace(column, (x,), check_trace=False), torch.jit.script(column)]
         traced.append(torch.fx.symbolic_trace(column))
         for form in (*traced, torch.export.export(column, (x,)).module()):
             with monkeypatch.context() as patch:

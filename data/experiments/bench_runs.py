@@ -144,6 +144,6 @@ def main(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 def is_recorded(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether these runs were timed on this machine by this revision of the source, which is known and clean."""
-    same = [key for key in wanted if key in ("device", "revision", "network", "batch", "runs")]
+    same = ("device", "revision", "network", "batch", "runs")
     known = wanted["revision"] != "unknown" and not wanted["revision"].endswith("-dirty")
     return known and any(all(line.get(key) == wanted[key] for key in same) for line in lines(path))
