@@ -92,10 +92,10 @@ def fill_up(network: nn.Module, multiple: int) -> nn.Module:
         near = multiple in (8, 16, 32) and 8 * width >= 7 * (width + -width % 64)
         if others or not (extra := -width % (64 if near else multiple)):
             continue
-        for writer in writers:
-            writer.weight = nn.Parameter(F.pad(writer.weight, [0, 0] * (writer.weight.ndim - 1) + [0, extra]))
+        for writer, old in [(writer, writer.weight) for writer in writers]:
+            new, writer.out_channels = F.pad(old, [0, 0] * (old.ndim - 1) + [0, extra]), width + extra
+            writer.weight = nn.Parameter(new if old.is_contiguous() else new.mT.contiguous().mT)  # in the same order
             writer.bias = None if writer.bias is None else nn.Parameter(F.pad(writer.bias, [0, extra]))
-            writer.out_channels += extra
         for name in (*flow.consumers, *flow.samplers):
             _hear(network.get_submodule(name), width, extra)
     readers = {user.target for user in next(iter(values)).users}

@@ -193,6 +193,22 @@ def test_what_is_nearly_a_full_tile_becomes_one(width: int, multiple: int, full:
     torch.testing.assert_close(network(images), expected)
 
 
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_filled_up_columns_lie_in_memory_as_before(columns_first: bool) -> None:
+    """A kernel that wants them columns first would turn them in every call."""
+    torch.manual_seed(0)
+    column = ColumnConv2d(nn.Conv2d(16, 60, 3), torch.arange(0, 144, 2))
+    if columns_first:
+        column.weight.data = column.weight.data.T.contiguous().T
+    network, images = nn.Sequential(column, nn.ReLU(), nn.Conv2d(60, 4, 1)), torch.randn(2, 16, 5, 5)
+    with torch.no_grad():
+        expected = network(images)
+        fast.fill_up(network, 8)
+        assert column.weight.shape == (64, 72)
+        assert (column.weight.T if columns_first else column.weight).is_contiguous()
+        torch.testing.assert_close(network(images), expected)
+
+
 def test_what_else_needs_its_number_of_channels_keeps_it(images: Tensor) -> None:
     """Option A's zeros lie in the middle of the channels; the output's are classes."""
     network = trained("resnet20")
